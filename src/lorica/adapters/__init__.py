@@ -1,0 +1,1 @@
+"""Adapters: which sites, where their tensors live, their files, and combining them. Knows no rows, batches or servers."""

@@ -1,0 +1,182 @@
+"""An adapter: one trained instance of a method over the sites of one backbone.
+
+In: a layout, a seed and the frozen weights. Out: named tensors (views of one flat row), updates per site, gradients.
+Refuses to know rows, batches, optimisers and file formats.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lorica.adapters.layout import GLOBAL, Layout
+from lorica.core.errors import FormatError
+from lorica.core.update import Update
+from lorica.methods.base import BaseWeight, Method
+
+WeightOf = Callable[[str], BaseWeight]
+
+
+class _Shared:
+    """Frozen tensors that adapters with equal content share (VeRA's projections), freed with their last user."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+
+_SHARED: WeakValueDictionary[tuple[Any, ...], _Shared] = WeakValueDictionary()
+
+
+class Adapter:
+    """Method, config, tensors per site and provenance.
+
+    Attributes:
+        name: how rows, files and users call it.
+        layout: where its tensors live; shared by adapters of equal method and sites.
+        flat: trained values, one float row; `grad` is the gradient row, made on first use.
+        seed: the seed of its initial values and of its dropout masks.
+        base: fingerprint of the backbone it was made for.
+        meta: provenance that travels with the adapter's files.
+        forwards: number of forward passes in training; dropout masks are a function of (seed, forwards, site).
+    """
+
+    def __init__(self, name: str, layout: Layout, *, seed: int = 0, base: str = "", dtype: torch.dtype = torch.float32) -> None:
+        self.name = name
+        self.layout = layout
+        self.seed = seed
+        self.base = base
+        self.meta: dict[str, Any] = {}
+        self.forwards = 0
+        self.flat: Tensor = torch.zeros(layout.size, dtype=dtype)
+        self.frozen: dict[str, dict[str, Tensor]] = {}
+        self._kept: list[_Shared] = []
+        self._grad: Tensor | None = None
+        self._leaves: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def method(self) -> Method:
+        return self.layout.method
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient row; leaves accumulate into it in place."""
+        if self._grad is None:
+            self._grad = torch.zeros_like(self.flat)
+        return self._grad
+
+    def initialise(self, weight_of: WeightOf) -> Adapter:
+        """Fill every tensor with the method's initial values. A site's values depend on (seed, site name) alone."""
+        layout = self.layout
+        if GLOBAL in layout.specs:
+            self._put(GLOBAL, layout.method.init_global(list(layout.sites.values()), self._rng(GLOBAL)))
+        for name, site in layout.sites.items():
+            if name in layout.specs:
+                self._put(name, layout.methods[name].init(site, weight_of(name), self._rng(name)))
+        return self
+
+    def _rng(self, site: str) -> torch.Generator:
+        return torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(site.encode()))
+
+    def _put(self, site: str, values: Mapping[str, Tensor]) -> None:
+        for param, value in values.items():
+            self.set(site, param, value)
+
+    def set(self, site: str, param: str, value: Tensor) -> None:
+        """Overwrite one tensor. Raises FormatError on a wrong shape."""
+        spec = self.layout.specs[site][param]
+        if tuple(value.shape) != spec.shape:
+            raise FormatError(f"Tensor {param!r} of site {site!r} has shape {tuple(value.shape)}; {spec.shape} is right.")
+        if spec.trainable:
+            place = self.layout.places[site][param]
+            self.flat[place.offset : place.offset + place.size] = value.detach().reshape(-1).to(self.flat)
+        elif site == GLOBAL:
+            self._share(param, value)
+        else:
+            self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat)
+
+    def _share(self, param: str, value: Tensor) -> None:
+        """Keep one copy of equal frozen global tensors, whoever made them."""
+        value = value.detach().to(self.flat).contiguous()
+        key = (param, tuple(value.shape), value.dtype, value.device, zlib.crc32(value.cpu().numpy().data))
+        shared = _SHARED.get(key)
+        if shared is None or not torch.equal(shared.tensors[param], value):
+            shared = _SHARED[key] = _Shared({param: value})
+        self.frozen.setdefault(GLOBAL, {})[param] = shared.tensors[param]
+        self._kept.append(shared)
+
+    def tensors(self, site: str) -> dict[str, Tensor]:
+        """The tensors of one site: trained leaves (views of `flat`, gradients into `grad`) and frozen ones."""
+        if site not in self._leaves:
+            self._leaves[site] = {
+                param: self._leaf(site, param) if spec.trainable else self.frozen[site][param]
+                for param, spec in self.layout.specs.get(site, {}).items()
+            }
+        return self._leaves[site]
+
+    def _leaf(self, site: str, param: str) -> Tensor:
+        place = self.layout.places[site][param]
+        span = slice(place.offset, place.offset + place.size)
+        leaf = self.flat[span].view(place.shape).detach().requires_grad_(True)
+        leaf.grad = self.grad[span].view(place.shape)
+        return leaf
+
+    def update(self, site: str, weight: BaseWeight) -> Update:
+        """The site's update, differentiable with respect to this adapter's leaves."""
+        own = self.tensors(site)
+        params = {**self.tensors(GLOBAL), **own} if GLOBAL in self.layout.specs else own
+        return self.layout.methods[site].lower(self.layout.sites[site], params, weight)
+
+    def named_tensors(self, *, trainable_only: bool = False) -> Iterator[tuple[str, str, Tensor]]:
+        """(site, param, tensor) for every tensor; global tensors have the site name `''`."""
+        for site, owned in self.layout.specs.items():
+            for param, spec in owned.items():
+                if spec.trainable or not trainable_only:
+                    yield site, param, self.tensors(site)[param]
+
+    def parameters(self) -> list[Tensor]:
+        """The trained leaves."""
+        return [tensor for _, _, tensor in self.named_tensors(trainable_only=True)]
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """Torch param groups: one flat tensor for each (group, decay); call `collect_grad` before a step."""
+        groups = []
+        for group in self.layout.groups:
+            values = nn.Parameter(self.flat[group.start : group.stop])
+            values.grad = self.grad[group.start : group.stop]
+            groups.append({"params": [values], "name": group.name, "decay": group.decay})
+        return groups
+
+    def collect_grad(self) -> Tensor:
+        """The gradient row, after copying in gradients that a foreign optimiser detached from it (`zero_grad`)."""
+        for site, owned in self._leaves.items():
+            for param, leaf in owned.items():
+                place = self.layout.places.get(site, {}).get(param)
+                if place is None:
+                    continue
+                home = self.grad[place.offset : place.offset + place.size].view(place.shape)
+                if leaf.grad is None:
+                    home.zero_()
+                elif leaf.grad.data_ptr() != home.data_ptr():
+                    home.copy_(leaf.grad)
+                leaf.grad = home
+        return self.grad
+
+    def zero_grad(self) -> None:
+        """Zero the gradient row in place."""
+        self.grad.zero_()
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
+        """Move or cast every tensor; leaves are made anew."""
+        self.flat = self.flat.to(device=device, dtype=dtype)
+        self.frozen = {s: {p: t.to(device=device, dtype=dtype) for p, t in owned.items()} for s, owned in self.frozen.items()}
+        self._grad, self._leaves = None, {}
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves are views: a copy makes its own."""
+        return {**self.__dict__, "_leaves": {}, "_grad": None}

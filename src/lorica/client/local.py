@@ -1,0 +1,161 @@
+"""The in-process client: a service over one backbone, training clients and sampling clients.
+
+In: a backbone, methods, examples, prompts. Out: losses, steps, samples, checkpoints. Recipes speak to these three classes only,
+so that they do not know whether the backbone is in this process. Refuses to know data files, configs and terminals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorica.adapters.adapter import Adapter
+from lorica.core.errors import DataError, FormatError, MethodError
+from lorica.data.example import Example
+from lorica.engine.engine import Engine, Item, Result
+from lorica.engine.host import Host, RowSpec, TargetSpec
+from lorica.engine.sample import Sample, generate
+from lorica.methods.base import Method
+from lorica.models.backbone import Backbone
+from lorica.sampling.params import SamplingParams
+from lorica.training.optimizer import AdamWConfig, AdapterOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimiser step: the gradient's norm before clipping, and the learning rate that was used."""
+
+    grad_norm: float
+    lr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """`total = Σ w · −log p` over a batch, and `weight = Σ w`; `mean` is what curves show."""
+
+    total: float
+    weight: float
+    results: tuple[Result, ...]
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.weight if self.weight else float("nan")
+
+
+class Service:
+    """One backbone, many adapters; the place where clients come from."""
+
+    def __init__(self, backbone: Backbone, *, token_budget: int = 2048) -> None:
+        self.host = Host(backbone)
+        self.engine = Engine(self.host, token_budget=token_budget)
+
+    def training_client(
+        self,
+        method: Method,
+        targets: TargetSpec = None,
+        *,
+        name: str = "default",
+        seed: int = 0,
+        optimizer: AdamWConfig | None = None,
+        steps: int = 1,
+    ) -> TrainingClient:
+        """A new adapter and a client that trains it for `steps` optimiser steps. Raises TargetError, MethodError."""
+        adapter = self.host.add(name, method, targets, seed=seed)
+        return TrainingClient(self, adapter, optimizer or AdamWConfig(), steps)
+
+    def continue_client(
+        self, path: str | Path, *, name: str = "default", optimizer: AdamWConfig | None = None, steps: int = 1
+    ) -> TrainingClient:
+        """A client that trains an adapter folder further, with a fresh optimiser. Raises FormatError, MismatchError."""
+        return TrainingClient(self, self.host.load(path, name), optimizer or AdamWConfig(), steps)
+
+    def sampling_client(self, adapter: RowSpec = None) -> SamplingClient:
+        """A client that samples from the base (None), an adapter, or a stack of adapters."""
+        return SamplingClient(self, adapter)
+
+
+class TrainingClient:
+    """Trains one adapter: `forward_backward` accumulates, `optim_step` applies."""
+
+    def __init__(self, service: Service, adapter: Adapter, optimizer: AdamWConfig, steps: int) -> None:
+        self.service = service
+        self.adapter = adapter
+        self.optimizer = AdapterOptimizer(adapter, optimizer, steps=steps)
+        self._weight = 0.0
+
+    def forward_backward(self, examples: Sequence[Example]) -> Loss:
+        """Add the gradient of `Σ w · −log p` over the examples. Raises DataError when no token of the batch is trained."""
+        if not any(example.trained for example in examples):
+            raise DataError("No token of this batch is trained: every loss weight is zero.")
+        results = self.service.engine.forward_backward([Item(e, self.adapter.name) for e in examples])
+        loss = _loss(examples, results)
+        self._weight += loss.weight
+        return loss
+
+    def forward(self, examples: Sequence[Example]) -> Loss:
+        """The loss alone, dropout off."""
+        return _loss(examples, self.service.engine.forward([Item(e, self.adapter.name) for e in examples]))
+
+    def optim_step(self) -> Step:
+        """One step on the gradient accumulated since the last one, divided by its total weight (a mean over trained tokens)."""
+        if not self._weight:
+            raise MethodError("There is no gradient: call forward_backward before optim_step.")
+        lr = self.optimizer.lr
+        norm = self.optimizer.step(scale=1.0 / self._weight)
+        self._weight = 0.0
+        return Step(norm, lr)
+
+    def sampling_client(self) -> SamplingClient:
+        """Samples from the adapter as it is at each call."""
+        return SamplingClient(self.service, self.adapter.name)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that continues this client exactly: adapter, optimiser, schedule, counters, torch's random state."""
+        return {
+            "flat": self.adapter.flat.clone(),
+            "forwards": self.adapter.forwards,
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state()`; gradients accumulated since are dropped. Raises FormatError on another adapter's state."""
+        if state["flat"].shape != self.adapter.flat.shape:
+            raise FormatError(
+                f"The saved state holds {state['flat'].numel()} trained values; this adapter has {self.adapter.flat.numel()}."
+            )
+        self.adapter.flat.copy_(state["flat"])
+        self.adapter.forwards = state["forwards"]
+        self.adapter.zero_grad()
+        self._weight = 0.0
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+
+    def save(self, path: str | Path) -> Path:
+        """Write the adapter as a folder that PEFT reads, where PEFT has the method."""
+        return self.service.host.save(path, self.adapter.name)
+
+
+class SamplingClient:
+    """Samples token sequences from one adapter, a stack, or the base."""
+
+    def __init__(self, service: Service, adapter: RowSpec) -> None:
+        self.service = service
+        self.adapter = adapter
+
+    def sample(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Sample]:
+        """One sample for each prompt, all in one batch."""
+        return generate(self.service.host, [(prompt, self.adapter) for prompt in prompts], params)
+
+    def logprobs(self, examples: Sequence[Example]) -> list[Result]:
+        """Log-probabilities of given tokens."""
+        return self.service.engine.forward([Item(example, self.adapter) for example in examples])
+
+
+def _loss(examples: Sequence[Example], results: Sequence[Result]) -> Loss:
+    weight = sum(sum(example.weights) for example in examples)
+    return Loss(sum(result.loss for result in results), weight, tuple(results))

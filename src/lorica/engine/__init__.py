@@ -1,0 +1,1 @@
+"""The executor: one backbone, many adapters, mixed batches. Knows no HTTP, SQL, user or tokenizer."""

@@ -1,0 +1,103 @@
+"""The state that site forwards share: the present route, and the lowering of each adapter present at a site.
+
+In: a route. Out: for a site and a number of positions, the parts of the batch with their updates.
+Refuses to know modules' forwards and how updates are applied.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+
+from lorica.adapters.adapter import Adapter
+from lorica.core.errors import RouteError
+from lorica.core.site import Site
+from lorica.core.update import LinearUpdate, Update
+from lorica.engine.linear import Dropout
+from lorica.engine.route import Route, Segment
+from lorica.models.backbone import Backbone
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One segment of the batch at one site: positions `[start, stop)` and its updates, innermost first."""
+
+    start: int
+    stop: int
+    updates: tuple[Update, ...]
+    dropouts: tuple[Dropout | None, ...]
+
+    def linear(self, level: int) -> LinearUpdate:
+        update = self.updates[level]
+        assert isinstance(update, LinearUpdate)
+        return update
+
+
+class Executor:
+    """Shared by every adapted site of one backbone.
+
+    Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the dtype
+    of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's second pass.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.route: Route | None = None
+        self.compute: torch.dtype | None = None
+        self.recomputing = False
+
+    def work(self, site: Site, leading: int) -> list[Work]:
+        """What to do at a site whose flattened leading axis has `leading` positions; empty where only the base acts."""
+        route = self.live_route()
+        return [] if route is None else self.lower(site, route.segments(leading), route)
+
+    def work_for_rows(self, site: Site, rows: int) -> list[Work]:
+        """The same for a site that sees whole rows (attention, convolution, input): start and stop count rows."""
+        route = self.live_route()
+        if route is None:
+            return []
+        return self.lower(site, [Segment(i, i + 1, stack) for i, stack in enumerate(route.stacks_for(rows))], route)
+
+    def live_route(self) -> Route | None:
+        """The present route. Raises RouteError inside a backward pass that no checkpoint of ours announced."""
+        if torch._C._current_graph_task_id() != -1 and not self.recomputing:  # noqa: SLF001
+            raise RouteError(
+                "Gradient checkpointing recomputes this forward pass without its route.",
+                hint="Enable checkpointing with `host.checkpointing()`, which remembers the route of each pass.",
+            )
+        return self.route
+
+    def lower(self, site: Site, segments: list[Segment], route: Route) -> list[Work]:
+        """Lower each adapter present once, and give every segment its updates and dropout masks."""
+        weight = self.backbone.weight(site.name)
+        lowered: dict[Adapter, Update] = {}
+        seen: dict[Adapter, int] = {}
+        totals: dict[Adapter, int] = {}
+        here = [(segment, tuple(a for a in segment.stack if site.name in a.layout.sites)) for segment in segments]
+        for segment, stack in here:
+            for adapter in stack:
+                totals[adapter] = totals.get(adapter, 0) + segment.stop - segment.start
+                if adapter not in lowered:
+                    lowered[adapter] = adapter.update(site.name, weight)
+        work = []
+        for segment, stack in here:
+            if not stack:
+                continue
+            drops = []
+            for adapter in stack:
+                offset = seen.get(adapter, 0)
+                seen[adapter] = offset + segment.stop - segment.start
+                drops.append(_dropout(adapter, lowered[adapter], site, route, offset, totals[adapter]))
+            work.append(Work(segment.start, segment.stop, tuple(lowered[a] for a in stack), tuple(drops)))
+        return work
+
+
+def _dropout(adapter: Adapter, update: Update, site: Site, route: Route, offset: int, total: int) -> Dropout | None:
+    """A mask that is a function of (adapter seed, its forward count, site): no other tenant can move it."""
+    count = route.counts.get(adapter)
+    if count is None or not isinstance(update, LinearUpdate) or update.dropout == 0.0:
+        return None
+    seed = zlib.crc32(f"{adapter.seed}/{count}/{site.name}".encode())
+    return Dropout(update.dropout, seed, offset, total)

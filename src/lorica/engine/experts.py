@@ -1,0 +1,59 @@
+"""Fused experts: the routed tokens of each expert pass through that expert's sites as through any linear site.
+
+In: a fused experts module whose parameters are [experts, out, in], and the sites of its slices.
+Out: a stand-in for its forward. Only tokens that reach an expert are computed. Refuses to know routers and methods.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorica.core.site import Site
+from lorica.engine.executor import Executor
+from lorica.engine.linear import Base
+from lorica.engine.route import Route, subset
+from lorica.engine.sites import SiteForward, stacked_linear
+
+
+class ExpertsForward(SiteForward):
+    """Stands in for a fused experts module once any of its slices is adapted.
+
+    `sites[parameter][expert]` are the sites of the slices. The module computes
+    `Σ_k w_k · down_e(act(gate_e(x)) ⊙ up_e(x))` over the experts e chosen for each token.
+    """
+
+    def __init__(self, executor: Executor, module: nn.Module, sites: dict[str, dict[int, Site]]) -> None:
+        super().__init__(executor, module, next(iter(next(iter(sites.values())).values())))
+        self.sites = sites
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        route = self.executor.live_route()
+        names = {site.name for per_expert in self.sites.values() for site in per_expert.values()}
+        if route is None or not any(names & a.layout.sites.keys() for a in route.adapters()):
+            return cast(Tensor, self.inner(hidden_states, top_k_index, top_k_weights, *args, **kwargs))
+        x_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        out_NH = torch.zeros_like(x_NH)
+        module = cast(Any, self.module)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= module.num_experts:
+                continue  # transformers' sentinel for tokens that another device serves
+            token_n, choice_n = torch.where(top_k_index == expert)
+            gate_up = self._slice("gate_up_proj", expert, x_NH[token_n], token_n, route, len(x_NH))
+            gate, up = gate_up.chunk(2, dim=-1)
+            y = self._slice("down_proj", expert, module.act_fn(gate) * up, token_n, route, len(x_NH))
+            out_NH = out_NH.index_add(0, token_n, (y * top_k_weights[token_n, choice_n, None]).to(out_NH.dtype))
+        return out_NH.view(hidden_states.shape)
+
+    def _slice(self, param: str, expert: int, x_nI: Tensor, token_n: Tensor, route: Route, tokens: int) -> Tensor:
+        """One expert's product, with the updates of the tokens that reached it."""
+        site = self.sites[param][expert]
+        weight_OI = self.executor.backbone.weight(site.name).matrix()
+        work = self.executor.lower(site, subset(route.segments(tokens), token_n), route)
+        if not work:
+            return F.linear(x_nI, weight_OI)
+        base = Base(lambda x: F.linear(x, weight_OI), lambda dy: dy @ weight_OI.to(dy.dtype), None)
+        return stacked_linear(x_nI, base, work, self.executor.compute)

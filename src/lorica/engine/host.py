@@ -1,0 +1,264 @@
+"""A host: one backbone with its adapters, and which of them act on the next batch.
+
+In: a model, methods, targets. Out: adapters attached to the live module, whose tensors and state-dict keys stay as they are.
+Refuses to know tokenizers, losses, optimisers and file formats (it calls `adapters` for files and merging).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.adapters import files
+from lorica.adapters.adapter import Adapter
+from lorica.adapters.layout import Layout
+from lorica.adapters.merge import Merge, MergeReport
+from lorica.adapters.targets import Targets, select
+from lorica.core.errors import MergeError, RouteError, did_you_mean
+from lorica.engine.attention import AttentionHub
+from lorica.engine.executor import Executor
+from lorica.engine.hooks import Hooks
+from lorica.engine.route import Route, Stack
+from lorica.methods.base import Method
+from lorica.models.backbone import Backbone, wrap
+
+TargetSpec = Targets | str | Sequence[str] | Mapping[str, Any] | None
+RowSpec = str | None | Sequence[str]
+
+
+def attach(
+    model: nn.Module | Backbone,
+    method: Method,
+    targets: TargetSpec = None,
+    *,
+    name: str = "default",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Host:
+    """Freeze a model, add one adapter to it, and make that adapter act on every row.
+
+    Args:
+        model: any `torch.nn.Module`, or a backbone from `lorica.load`.
+        method: e.g. `LoRA(rank=8)`.
+        targets: what to adapt; None is the method's default. See `Targets`.
+        name: the adapter's name; seed: of its initial values; dtype: of its parameters (float32 masters by default).
+
+    Raises: TargetError when a target matches nothing, MethodError when the method does not fit a site.
+    """
+    host = Host(model if isinstance(model, Backbone) else wrap(model))
+    host.add(name, method, targets, seed=seed, dtype=dtype)
+    host.activate(name)
+    return host
+
+
+class Host:
+    """Adapters attached to one backbone. Adding, switching and deleting one costs the same however many there are."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.executor = Executor(backbone)
+        self.adapters: dict[str, Adapter] = {}
+        self._layouts: dict[tuple[str, str, str], Layout] = {}
+        self._merge: Merge | None = None
+        self._hooks = Hooks(self.executor)
+
+    @property
+    def model(self) -> nn.Module:
+        """The live module; call it as before."""
+        return self.backbone.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    # -- adapters ------------------------------------------------------------------------------------------------
+
+    def add(
+        self, name: str, method: Method, targets: TargetSpec = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Adapter:
+        """Make a new adapter with the method's initial values. It acts once it is activated or routed."""
+        layout = self.layout(method, targets)
+        adapter = Adapter(name, layout, seed=seed, base=self.backbone.fingerprint(), dtype=dtype)
+        return self.put(adapter.initialise(self.backbone.weight).to(device=self.backbone.device))
+
+    def layout(self, method: Method, targets: TargetSpec = None) -> Layout:
+        """The layout of a method over targets; adapters of equal method and targets share it."""
+        spec = Targets.of(targets)
+        key = (method.name, method.model_dump_json(), spec.model_dump_json())
+        if key not in self._layouts:
+            self._layouts[key] = Layout(method, select(self.backbone.sites, method, spec))
+        return self._layouts[key]
+
+    def put(self, adapter: Adapter) -> Adapter:
+        """Make an existing adapter resident under its name."""
+        if adapter.name in self.adapters:
+            raise RouteError(f"There is an adapter {adapter.name!r} already; delete it or choose another name.")
+        self._hooks.cover(adapter.layout)
+        self.adapters[adapter.name] = adapter
+        return adapter
+
+    def delete(self, name: str) -> None:
+        """Forget an adapter and free its memory. An active adapter is deactivated first."""
+        adapter = self.adapter(name)
+        if self._merge is not None and adapter in self._merge.stack:
+            raise MergeError(f"Adapter {name!r} is merged into the weights; call unmerge() first.")
+        self._hooks.route(self._without(self._hooks.routed, adapter))
+        del self.adapters[name]
+
+    @staticmethod
+    def _without(route: Route | None, gone: Adapter) -> Route | None:
+        if route is None or gone not in route.adapters():
+            return route
+        stacks = [tuple(a for a in stack if a is not gone) for stack in route.stacks]
+        return Route(stacks, lengths=route.lengths, uniform=route.uniform) if any(stacks) else None
+
+    def adapter(self, name: str | None = None) -> Adapter:
+        """The adapter called `name`, or the only active one."""
+        if name is None:
+            active = self.active
+            if len(active) != 1:
+                raise RouteError(f"Name an adapter: {len(active)} are active ({', '.join(active) or 'none'}).")
+            name = active[0]
+        if name not in self.adapters:
+            raise RouteError(f"There is no adapter {name!r}.{did_you_mean(name, self.adapters)}")
+        return self.adapters[name]
+
+    def parameters(self, name: str | None = None) -> list[Tensor]:
+        """The trained tensors of one adapter, for any torch optimiser."""
+        return self.adapter(name).parameters()
+
+    # -- routing -------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the adapters that act on every row, innermost first; empty while rows are routed one by one."""
+        route = self._hooks.routed
+        return tuple(a.name for a in route.stacks[0]) if route is not None and route.uniform else ()
+
+    def activate(self, *names: str) -> None:
+        """Let these adapters, innermost first, act on every row of every batch; several are a stack. None: the base."""
+        stack = self._stack(names)
+        self._hooks.route(Route([stack], uniform=True) if stack else None)
+
+    def _stack(self, names: RowSpec) -> Stack:
+        if names is None:
+            return ()
+        wanted = (names,) if isinstance(names, str) else tuple(names)
+        if len(set(wanted)) != len(wanted):
+            raise RouteError(f"A stack names an adapter twice: {', '.join(wanted)}.")
+        return tuple(self.adapter(name) for name in wanted)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base, bit for bit. Nests; leaving restores what was active, also after an exception."""
+        with self._routed(None):
+            yield
+
+    @contextmanager
+    def rows(self, names: Sequence[RowSpec], *, lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """Inside, row i of the batch uses adapter `names[i]` (None is the base; a list is a stack).
+
+        With `lengths`, rows are packed end to end into one sequence. Raises RouteError for unknown names, and in the
+        forward pass when the batch has another number of rows.
+        """
+        with self._routed(Route([self._stack(entry) for entry in names], lengths=lengths)):
+            yield
+
+    @contextmanager
+    def _routed(self, route: Route | None) -> Iterator[None]:
+        if self._merge is not None and route is not None:
+            raise MergeError("An adapter is merged into the weights; call unmerge() before routing rows.")
+        before = self._hooks.routed
+        self._hooks.route(route)
+        try:
+            yield
+        finally:
+            self._hooks.route(before)
+
+    def begin(self) -> None:
+        """Start a forward pass that does not enter through the whole model (the engine calls the trunk alone)."""
+        self._hooks.begin()
+
+    @contextmanager
+    def relengthened(self, lengths: Sequence[int]) -> Iterator[None]:
+        """Inside, the present pass's packed rows have these lengths (soft prompts stand before them)."""
+        before = self.executor.route
+        assert before is not None
+        self.executor.route = Route(before.stacks, lengths=lengths, counts=before.counts)
+        try:
+            yield
+        finally:
+            self.executor.route = before
+
+    def attention_hub(self) -> AttentionHub:
+        """This backbone's attention function, which keeps packed sequences apart; installed on first use."""
+        return self._hooks.attention_hub()
+
+    def covers_head(self) -> bool:
+        """Whether some adapter acts on the output embedding, so that logits must go through its hooks."""
+        head = self.backbone.head
+        return head is not None and "forward" in head.__dict__
+
+    def train(self, mode: bool = True) -> Host:
+        """Training mode: adapters' dropout acts. The backbone's own dropout acts too, as in any torch module."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Host:
+        return self.train(False)
+
+    def set_compute(self, dtype: torch.dtype | None) -> Host:
+        """The dtype of the adapters' arithmetic: None is that of the activations, float32 is slower and more exact."""
+        self.executor.compute = dtype
+        return self
+
+    def checkpointing(self) -> Host:
+        """Activation checkpointing that remembers the route of each pass. Needs a transformers model and `train()`."""
+        self._hooks.checkpointing()
+        return self
+
+    # -- merging and files ---------------------------------------------------------------------------------------
+
+    def merge(self, *names: str) -> MergeReport:
+        """Fold adapters (default: the active ones) into the weights in float64, verify on probes, and deactivate them.
+
+        Raises MergeError when an update cannot be folded; the weights are then as before.
+        """
+        if self._merge is not None:
+            raise MergeError("An adapter is merged already; call unmerge() first.")
+        stack = self._stack(names or self.active)
+        if not stack:
+            raise MergeError("No adapter is active, so there is nothing to merge.")
+        merge = Merge(self.backbone, stack)
+        report = merge.apply()
+        self._merge = merge
+        self._hooks.route(None)
+        return report
+
+    def unmerge(self) -> None:
+        """Restore the weights bit for bit, and activate again what was merged."""
+        if self._merge is None:
+            raise MergeError("Nothing is merged.")
+        self._merge.undo()
+        stack, self._merge = self._merge.stack, None
+        self._hooks.route(Route([stack], uniform=True))
+
+    def save(self, path: str | Path, name: str | None = None) -> Path:
+        """Write one adapter as a folder that PEFT reads, where PEFT has the method."""
+        return files.save_adapter(self.adapter(name), self.backbone, Path(path))
+
+    def load(self, path: str | Path, name: str = "default") -> Adapter:
+        """Read an adapter folder (ours or PEFT's) and make it resident. Raises FormatError, MismatchError."""
+        return self.put(files.load_adapter(Path(path), self.backbone, name))
+
+    def detach(self) -> Backbone:
+        """Remove every hook; the module is as it was before `attach`."""
+        if self._merge is not None:
+            self.unmerge()
+        self._hooks.remove()
+        self.adapters.clear()
+        return self.backbone

@@ -1,0 +1,203 @@
+"""A backbone: a frozen network with its sites listed and its weights seen through one convention.
+
+In: a `torch.nn.Module`. Out: sites, normalised views of frozen weights, where to write a merge, the parts of a language
+model, a fingerprint. Refuses to know adapters, methods and batches, and never changes a weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorica.core.errors import MethodError, MissingError, did_you_mean
+from lorica.core.site import Site
+from lorica.models.parts import LanguageModel, language_model
+from lorica.models.sites import Place, list_places
+
+SAMPLES = 4096
+"""Elements of a tensor that the fingerprint reads; smaller tensors are read whole."""
+
+
+class FrozenWeight:
+    """One site's frozen weight, as methods see it."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._norm: Tensor | None = None
+
+    def matrix(self) -> Tensor:
+        """The normalised weight (see `Site.shape`): a view of the base's own memory, without gradient.
+
+        At the input site it is the embedding table, [dim, tokens]. Raises MethodError at attention sites.
+        """
+        site, owner = self._place.site, self._place.module
+        if site.kind == "attention":
+            raise MethodError(f"Attention site {site.name!r} has no weight of its own.")
+        weight: Tensor = getattr(owner, self._place.attribute).detach()
+        if site.expert is not None:
+            weight = weight[site.expert]
+        return weight.T if site.transposed or site.kind == "input" else weight
+
+    def row_square_norm(self) -> Tensor:
+        """`‖W₀[j]‖²` over all axes but the first, [out]; float32, or float64 for a float64 base. Kept until invalidated."""
+        weight = self.matrix()
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if self._norm is None or self._norm.device != weight.device or self._norm.dtype != dtype:
+            # by blocks, so that a large bf16 table is never held in float32
+            rows = max(1, 2**22 // max(1, weight[0].numel()))
+            self._norm = torch.cat(
+                [part.to(dtype).square().flatten(1).sum(1) for part in torch.split(_matrix(weight), rows)]
+            )
+        return self._norm
+
+    def forget(self) -> None:
+        """Drop the kept norm: the weight has changed."""
+        self._norm = None
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """At least two axes, so that one reduction serves norms too."""
+    return weight[:, None] if weight.ndim == 1 else weight
+
+
+class Backbone:
+    """A frozen network and what Lorica knows about it.
+
+    Attributes:
+        module: the network; every parameter has `requires_grad` off, and it is in eval mode.
+        name: what it was loaded as. family: transformers' model type (`llama`), or `custom`.
+        sites: every place where a method can act, the input first and then in module-tree order.
+        trunk: for a causal language model, the module that maps ids to final hidden states; else None.
+        head: for a causal language model, the output embedding; `logits_transform(head(trunk(ids)[0]))` are its logits.
+        is_causal_lm: whether it predicts the next token.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str = "custom", tokenizer: Callable[[], Any] | None = None) -> None:
+        freeze(module)
+        self.module = module
+        self.name = name
+        self.family = str(getattr(getattr(module, "config", None), "model_type", None) or "custom")
+        self.places = list_places(module)
+        self.sites: dict[str, Site] = {key: place.site for key, place in self.places.items()}
+        parts: LanguageModel | None = language_model(module)
+        self.is_causal_lm = parts is not None
+        self.trunk: nn.Module | None = parts.trunk if parts else None
+        self.head: nn.Linear | None = parts.head if parts else None
+        self._transform = parts.transform if parts else None
+        self._weights: dict[str, FrozenWeight] = {}
+        self._make_tokenizer = tokenizer
+        self._tokenizer: Any | None = None
+        self._fingerprint: str | None = None
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The transformers tokenizer that belongs to it, read on first use; None where there is none."""
+        if self._tokenizer is None and self._make_tokenizer is not None:
+            self._tokenizer = self._make_tokenizer()
+        return self._tokenizer
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its first floating-point parameter."""
+        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its first parameter is."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    def module_of(self, site: str) -> nn.Module:
+        """The module that acts at a site; for `input`, the token embedding. Raises MissingError."""
+        return self._place(site).module
+
+    def weight(self, site: str) -> FrozenWeight:
+        """The frozen weight of a site, as methods see it. Raises MissingError."""
+        if site not in self._weights:
+            self._weights[site] = FrozenWeight(self._place(site))
+        return self._weights[site]
+
+    def bias(self, site: str) -> Tensor | None:
+        """The frozen bias of a site, [out], a view without gradient; None where it has none. Raises MissingError."""
+        place = self._place(site)
+        if place.bias is None:
+            return None
+        bias: Tensor = getattr(place.module, place.bias).detach()
+        return bias if place.site.expert is None else bias[place.site.expert]
+
+    def parameter(self, site: str) -> tuple[nn.Module, str, int | None]:
+        """Where a merge writes: the owner, the attribute of the weight, and the expert. Raises MissingError, MethodError."""
+        place = self._place(site)
+        if place.site.kind in ("attention", "input"):
+            raise MethodError(f"Site {site!r} is of kind {place.site.kind!r} and has no weight to merge into.")
+        return place.module, place.attribute, place.site.expert
+
+    def invalidate(self) -> None:
+        """Forget everything computed from weights. Call it after writing to them."""
+        for weight in self._weights.values():
+            weight.forget()
+        self._fingerprint = None
+
+    @property
+    def transforms_logits(self) -> bool:
+        """Whether `logits_transform` is anything but the identity."""
+        return self._transform is not None
+
+    def logits_transform(self, logits: Tensor) -> Tensor:
+        """What the model does to `head(hidden)`: Gemma's soft cap, Granite's and Cohere's scale; itself elsewhere."""
+        return logits if self._transform is None else self._transform(logits)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over family, tensor names, shapes and sampled values: the same in every process.
+
+        Values are rounded to bfloat16 first, so that one checkpoint loaded in two dtypes is one base. At most 4096 evenly
+        spaced elements of a tensor are read: it tells bases apart, and does not prove that no weight was touched.
+        """
+        if self._fingerprint is None:
+            digest = hashlib.sha256(self.family.encode())
+            for name, tensor in self.module.state_dict().items():
+                if isinstance(tensor, Tensor):
+                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
+                    digest.update(_sample(tensor))
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
+
+    def _place(self, site: str) -> Place:
+        if site not in self.places:
+            raise MissingError(f"Backbone {self.name!r} has no site {site!r}.{did_you_mean(site, self.places)}")
+        return self.places[site]
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.name!r}, family={self.family!r}, sites={len(self.sites)}, dtype={self.dtype})"
+
+
+def wrap(module: nn.Module, *, name: str = "custom") -> Backbone:
+    """Any torch module as a backbone, frozen in place. Raises FormatError while it holds uninitialised lazy parameters."""
+    return Backbone(module, name=name)
+
+
+def freeze(module: nn.Module) -> None:
+    """Turn off gradients and training mode, and kernels that read weights past every forward or cannot take their dtype."""
+    module.requires_grad_(False).eval()
+    for part in module.modules():
+        if isinstance(part, nn.TransformerEncoderLayer):
+            part.activation_relu_or_gelu = 0  # torch's own switch: only 1 (relu) and 2 (gelu) take the fused path
+        down, config = part._parameters.get("down_proj"), getattr(part, "config", None)
+        if down is not None and down.dtype == torch.float64 and hasattr(config, "_experts_implementation_internal"):
+            config._experts_implementation_internal = "eager"  # torch's grouped product has no float64
+
+
+def _sample(tensor: Tensor) -> bytes:
+    """Evenly spaced values of a tensor as bytes."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return b""
+    flat = tensor.detach().reshape(-1)
+    if flat.numel() > SAMPLES:
+        step = flat.numel() / SAMPLES
+        index = (torch.arange(SAMPLES, dtype=torch.float64) * step).long()
+        flat = flat[index.to(flat.device)]
+    flat = flat.to(torch.bfloat16) if flat.is_floating_point() else flat.to(torch.int64)
+    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
