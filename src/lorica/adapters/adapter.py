@@ -45,7 +45,9 @@ class Adapter:
         forwards: number of forward passes in training; dropout masks are a function of (seed, forwards, site).
     """
 
-    def __init__(self, name: str, layout: Layout, *, seed: int = 0, base: str = "", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, name: str, layout: Layout, *, seed: int = 0, base: str = "", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.name = name
         self.layout = layout
         self.seed = seed
@@ -90,7 +92,9 @@ class Adapter:
         """Overwrite one tensor. Raises FormatError on a wrong shape."""
         spec = self.layout.specs[site][param]
         if tuple(value.shape) != spec.shape:
-            raise FormatError(f"Tensor {param!r} of site {site!r} has shape {tuple(value.shape)}; {spec.shape} is right.")
+            raise FormatError(
+                f"Tensor {param!r} of site {site!r} has shape {tuple(value.shape)}; {spec.shape} is right."
+            )
         if spec.trainable:
             place = self.layout.places[site][param]
             self.flat[place.offset : place.offset + place.size] = value.detach().reshape(-1).to(self.flat)
@@ -173,7 +177,9 @@ class Adapter:
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """Move or cast every tensor; leaves are made anew."""
         self.flat = self.flat.to(device=device, dtype=dtype)
-        self.frozen = {s: {p: t.to(device=device, dtype=dtype) for p, t in owned.items()} for s, owned in self.frozen.items()}
+        self.frozen = {
+            s: {p: t.to(device=device, dtype=dtype) for p, t in owned.items()} for s, owned in self.frozen.items()
+        }
         self._grad, self._leaves = None, {}
         return self
 

@@ -57,12 +57,18 @@ class Targets(Config):
             return cls()
         if isinstance(value, Targets):
             return value
-        return cls(**value) if isinstance(value, Mapping) else cls(include=(value,) if isinstance(value, str) else tuple(value))
+        return (
+            cls(**value)
+            if isinstance(value, Mapping)
+            else cls(include=(value,) if isinstance(value, str) else tuple(value))
+        )
 
 
 def select(sites: Mapping[str, Site], method: Method, targets: Targets) -> dict[str, tuple[Site, Method]]:
     """The sites to adapt, in backbone order, each with the method's config there. Raises TargetError, MethodError."""
-    include = [part for entry in targets.include for part in (_defaults(sites, method) if entry == "default" else (entry,))]
+    include = [
+        part for entry in targets.include for part in (_defaults(sites, method) if entry == "default" else (entry,))
+    ]
     layers = _layers(targets.layers, sites.values()) if targets.layers is not None else None
     chosen: set[str] = set()
     for entry in include:
@@ -71,7 +77,9 @@ def select(sites: Mapping[str, Site], method: Method, targets: Targets) -> dict[
     for entry in targets.exclude:
         chosen -= set(_matches(entry, sites, None))
     if not chosen:
-        raise TargetError(f"Targets {include} minus {list(targets.exclude)} within layers {targets.layers} select nothing.")
+        raise TargetError(
+            f"Targets {include} minus {list(targets.exclude)} within layers {targets.layers} select nothing."
+        )
     used: set[str] = set()
     picked = {name: (site, _resolve(site, method, targets, used)) for name, site in sites.items() if name in chosen}
     unused = (set(targets.rank_pattern) | set(targets.alpha_pattern)) - used
@@ -124,7 +132,9 @@ def _matches(entry: str, sites: Mapping[str, Site], method: Method | None) -> li
         fit = [name for name in found if sites[name].kind in method.kinds]
         if not fit:
             site = sites[found[0]]
-            raise TargetError(f"Method {method.name!r} cannot adapt {site.name!r}: it is of kind {site.kind!r}, not {_or(method.kinds)}.")
+            raise TargetError(
+                f"Method {method.name!r} cannot adapt {site.name!r}: it is of kind {site.kind!r}, not {_or(method.kinds)}."
+            )
         # a suffix may name sites of several kinds (an attention module and its projections); the method takes its own
         found = fit
     return found
@@ -137,7 +147,9 @@ def _resolve(site: Site, method: Method, targets: Targets, used: set[str]) -> Me
         for key, value in patterns.items():
             if _compile(rf"(.*\.)?({key})").fullmatch(site.name):
                 if field not in type(method).model_fields:
-                    raise MethodError(f"Method {method.name!r} has no {field!r}, so {field}_pattern {key!r} cannot apply.")
+                    raise MethodError(
+                        f"Method {method.name!r} has no {field!r}, so {field}_pattern {key!r} cannot apply."
+                    )
                 used.add(key)
                 changes[field] = value
                 break
@@ -155,7 +167,9 @@ def _layers(text: str, sites: Iterable[Site]) -> set[int]:
         wanted |= set(range(int(first), int(last or first) + 1))
     present = {site.layer for site in sites if site.layer is not None}
     if not wanted or not wanted <= present:
-        raise TargetError(f"Layers {text!r} are not all in this backbone, which has layers 0 to {max(present, default=-1)}.")
+        raise TargetError(
+            f"Layers {text!r} are not all in this backbone, which has layers 0 to {max(present, default=-1)}."
+        )
     return wanted
 
 

@@ -41,7 +41,9 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"{cls.__name__} has no setting {where!r}.{did_you_mean(str(first['loc'][-1]), _fields(cls, first['loc']))}"
+        return (
+            f"{cls.__name__} has no setting {where!r}.{did_you_mean(str(first['loc'][-1]), _fields(cls, first['loc']))}"
+        )
     if first["type"] == "missing":
         return f"{cls.__name__} needs {where!r}, which is missing."
     given = first.get("input")

@@ -38,7 +38,7 @@ class LowRank:
         B_OR = self.B_OR if self.mid_R is None else self.B_OR * self.mid_R
         if self.post_O is not None:
             B_OR = self.post_O[:, None] * B_OR
-        return self.scale * (B_OR @ self.A_RI.flatten(1)).unflatten(1, self.A_RI.shape[1:])
+        return self.scale * (B_OR @ self.A_RI.flatten(1)).view(-1, *self.A_RI.shape[1:])
 
     def folded(self) -> LowRank:
         """The same ΔW with scale, mid and post folded into B: exactly what a plain LoRA folder can hold."""

@@ -185,7 +185,7 @@ class Renderer:
             stop = next((i for i in range(start, limit) if tokens[i] in self.stop_ids), None)
             if stop is None:
                 raise DataError(f"{chat.where}: the chat template puts no stop token after turn {index + 1}.")
-            weights[start : stop] = [float(chat.messages[index].get("weight", 1.0))] * (stop - start)
+            weights[start : stop + 1] = [float(chat.messages[index].get("weight", 1.0))] * (stop + 1 - start)
         return self._checked(tokens, weights, chat.where)
 
     def _wanted(self, chat: Chat, turns: Sequence[int]) -> set[int]:

@@ -30,7 +30,16 @@ from lorica.models.attention import (
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 _PACKED: ContextVar[bool] = ContextVar("lorica_packed", default=False)
-"""Whether a packed pass is under way: then no mask is made, since the kernel keeps sequences apart by their lengths."""
+
+
+@contextmanager
+def without_mask() -> Iterator[None]:
+    """Inside, no attention mask is made: in a packed pass the kernel keeps sequences apart by their lengths."""
+    token = _PACKED.set(True)
+    try:
+        yield
+    finally:
+        _PACKED.reset(token)
 
 
 class AttentionHub:
@@ -39,7 +48,6 @@ class AttentionHub:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.sites: dict[nn.Module, Site] = {}
-        self.lengths: list[int] | None = None
         backbone = executor.backbone
         self._modules = [backbone.module_of(site.name) for site in backbone.sites.values() if site.kind == "attention"]
         self._switch: AttentionSwitch | None = None
@@ -50,7 +58,7 @@ class AttentionHub:
         if not self._modules:
             return
         module = self.executor.backbone.module
-        previous = attention_configs(module)[0]._attn_implementation  # noqa: SLF001
+        previous = attention_configs(module)[0]._attn_implementation
         self.inner, mask = attention_kernel(previous, self._modules[0])
         register_attention(f"lorica-{previous}", _kernel, _unless_packed(mask))
         self._switch = set_attention(module, f"lorica-{previous}")
@@ -64,16 +72,11 @@ class AttentionHub:
         for attention in self._modules:
             attention.__dict__.pop("_lorica_hub", None)
 
-    @contextmanager
-    def packed(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Inside, a batch of one holds sequences of these lengths end to end. Gives each sequence's prefix length."""
-        before, token = self.lengths, _PACKED.set(True)
-        self.lengths = lengths
-        try:
-            yield self.prefix_lengths(len(lengths))
-        finally:
-            self.lengths = before
-            _PACKED.reset(token)
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """Lengths of the sequences that lie end to end in the present pass; None where rows are a batch."""
+        route = self.executor.live_route()
+        return None if route is None else route.lengths
 
     def prefix_lengths(self, rows: int) -> list[int]:
         """Virtual tokens that each row's prefixes put before it; the same at every attention site."""
@@ -91,10 +94,11 @@ class AttentionHub:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         site = self.sites.get(module)
-        if self.lengths is not None:
-            found = self._prefixes(site, len(self.lengths))
-            pairs = [_joined(found[row]) if row in found else None for row in range(len(self.lengths))]
-            return packed_attention(module, query, key, value, lengths=self.lengths, prefixes=pairs, **kwargs), None
+        lengths = self.lengths
+        if lengths is not None:
+            found = self._prefixes(site, len(lengths))
+            pairs = [_joined(found[row]) if row in found else None for row in range(len(lengths))]
+            return packed_attention(module, query, key, value, lengths=lengths, prefixes=pairs, **kwargs), None
         assert self.inner is not None
         prefixes = self._prefixes(site, query.shape[0])
         if not prefixes:
@@ -106,9 +110,9 @@ class AttentionHub:
             out, _ = self.inner(module, query[plain], key[plain], value[plain], mask, **kwargs)
             for row, y in zip(plain, out, strict=True):
                 rows[row] = y
-        for row, found in prefixes.items():
+        for row, own in prefixes.items():
             mask_TS = None if attention_mask is None else attention_mask.expand(query.shape[0], -1, -1, -1)[row]
-            rows[row] = attend_with_prefix(module, query[row], key[row], value[row], mask_TS, found, **kwargs)
+            rows[row] = attend_with_prefix(module, query[row], key[row], value[row], mask_TS, own, **kwargs)
         return torch.stack(rows), None
 
 

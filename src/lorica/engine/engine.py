@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lorica.core.errors import DataError, MethodError
 from lorica.core.update import SoftPrompt
-from lorica.data.packing import Packed, collate
 from lorica.data.example import Example
+from lorica.data.packing import Packed, collate
+from lorica.engine.attention import without_mask
 from lorica.engine.host import Host, RowSpec
 from lorica.training.loss_head import chunked_cross_entropy, linear_cross_entropy
 
@@ -63,7 +64,9 @@ class Engine:
     def _run(self, items: Sequence[Item], *, backward: bool) -> list[Result]:
         for index, item in enumerate(items):
             if len(item.example.tokens) < 2:
-                raise DataError(f"Example {index} has {len(item.example.tokens)} tokens; at least two are needed to predict one.")
+                raise DataError(
+                    f"Example {index} has {len(item.example.tokens)} tokens; at least two are needed to predict one."
+                )
         results: list[Result | None] = [None] * len(items)
         was_training = self.host.model.training
         self.host.train(backward)
@@ -104,7 +107,10 @@ class Engine:
     def _micro(self, items: list[Item], backward: bool) -> list[Result]:
         packed = collate([item.example for item in items])
         targets_N, weights_N = self._tensor(packed.targets), self._tensor(packed.weights, torch.float32)
-        with torch.set_grad_enabled(backward), self.host.rows([item.adapter for item in items], lengths=packed.lengths.tolist()):
+        with (
+            torch.set_grad_enabled(backward),
+            self.host.rows([item.adapter for item in items], lengths=packed.lengths.tolist()),
+        ):
             hidden_ND = self.hidden(packed)
             loss, logprobs_N = self._head(hidden_ND, targets_N, weights_N)
             if backward and loss.requires_grad:
@@ -127,15 +133,15 @@ class Engine:
         self.host.begin()
         ids_N, positions_N = self._tensor(packed.tokens), self._tensor(packed.positions)
         lengths: list[int] = packed.lengths.tolist()
-        with self.hub.packed(lengths) as prefix_lengths:
-            prompts = self._prompts(len(lengths))
-            shifts = [p + sum(t.shape[0] for t in row) for p, row in zip(prefix_lengths, prompts, strict=True)]
-            if any(shifts):
-                positions_N = positions_N + torch.repeat_interleave(self._tensor(shifts), self._tensor(lengths))
-            if not any(prompts):
-                out = backbone.trunk(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)
-                return out.last_hidden_state[0]
+        prompts, prefix_lengths = self._prompts(len(lengths)), self.hub.prefix_lengths(len(lengths))
+        shifts = [p + sum(t.shape[0] for t in row) for p, row in zip(prefix_lengths, prompts, strict=True)]
+        if any(shifts):
+            positions_N = positions_N + torch.repeat_interleave(self._tensor(shifts), self._tensor(lengths))
+        if any(prompts):
             return self._with_prompts(ids_N, positions_N, lengths, prompts)
+        with without_mask():
+            hidden_1ND: Tensor = backbone.trunk(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)[0]
+        return hidden_1ND[0]
 
     def _prompts(self, rows: int) -> list[list[Tensor]]:
         site = self.host.backbone.sites.get("input")
@@ -144,7 +150,9 @@ class Engine:
             prompts[item.start] = [u.embeddings_PD for u in item.updates if isinstance(u, SoftPrompt)]
         return prompts
 
-    def _with_prompts(self, ids_N: Tensor, positions_N: Tensor, lengths: list[int], prompts: list[list[Tensor]]) -> Tensor:
+    def _with_prompts(
+        self, ids_N: Tensor, positions_N: Tensor, lengths: list[int], prompts: list[list[Tensor]]
+    ) -> Tensor:
         """The trunk over sequences with their soft prompts before them; the prompts' own hidden states are dropped."""
         backbone = self.host.backbone
         embeds_ND = backbone.module_of("input")(ids_N)
@@ -154,19 +162,24 @@ class Engine:
             extra = front.shape[0]
             pieces += [front, embeds_ND[start : start + length]]
             # positions of the prompt count up to the first real token's
-            places += [positions_N[start] - extra + torch.arange(extra, device=ids_N.device), positions_N[start : start + length]]
+            places += [
+                positions_N[start] - extra + torch.arange(extra, device=ids_N.device),
+                positions_N[start : start + length],
+            ]
             real += [False] * extra + [True] * length
             start += length
         longer = [length + sum(p.shape[0] for p in row) for length, row in zip(lengths, prompts, strict=True)]
-        with self.host.relengthened(longer), self.hub.packed(longer):
-            out = backbone.trunk(inputs_embeds=torch.cat(pieces)[None], position_ids=torch.cat(places)[None], use_cache=False)
-        return out.last_hidden_state[0][torch.tensor(real, device=ids_N.device)]
+        with self.host.relengthened(longer), without_mask():
+            hidden_1ND: Tensor = backbone.trunk(
+                inputs_embeds=torch.cat(pieces)[None], position_ids=torch.cat(places)[None], use_cache=False
+            )[0]
+        return hidden_1ND[0, torch.tensor(real, device=ids_N.device)]
 
     def _head(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
         backbone = self.host.backbone
         assert backbone.head is not None
         if self.host.covers_head() or backbone.transforms_logits:
-            return chunked_cross_entropy(hidden_ND, self._logits, targets_N, weights_N)
+            return chunked_cross_entropy(hidden_ND, self.host.windowed(self._logits), targets_N, weights_N)
         return linear_cross_entropy(hidden_ND, backbone.head.weight, targets_N, weights_N)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ Refuses to know modules' forwards and how updates are applied.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,12 +36,23 @@ class Work:
         assert isinstance(update, LinearUpdate)
         return update
 
+    def meets(self, start: int, stop: int) -> bool:
+        return self.start < stop and start < self.stop
+
+    def clipped(self, start: int, stop: int) -> Work:
+        """This work on positions `[start, stop)` alone, counted from `start`; its masks are the same there."""
+        first = max(self.start, start)
+        skipped = first - self.start
+        drops = tuple(None if d is None else replace(d, offset=d.offset + skipped) for d in self.dropouts)
+        return Work(first - start, min(self.stop, stop) - start, self.updates, drops)
+
 
 class Executor:
     """Shared by every adapted site of one backbone.
 
     Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the dtype
-    of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's second pass.
+    of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's second pass;
+    `window` is the span of packed positions that sites see, None for all of them.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -47,11 +60,31 @@ class Executor:
         self.route: Route | None = None
         self.compute: torch.dtype | None = None
         self.recomputing = False
+        self.window: tuple[int, int] | None = None
 
     def work(self, site: Site, leading: int) -> list[Work]:
         """What to do at a site whose flattened leading axis has `leading` positions; empty where only the base acts."""
         route = self.live_route()
-        return [] if route is None else self.lower(site, route.segments(leading), route)
+        if route is None:
+            return []
+        if self.window is None:
+            return self.lower(site, route.segments(leading), route)
+        assert route.lengths is not None
+        return [
+            w.clipped(*self.window)
+            for w in self.lower(site, route.segments(sum(route.lengths)), route)
+            if w.meets(*self.window)
+        ]
+
+    @contextmanager
+    def replay(self, route: Route | None, window: tuple[int, int] | None = None) -> Iterator[None]:
+        """Inside, sites act under this route, in a backward pass too; with `window`, on those packed positions alone."""
+        before = self.route, self.window, self.recomputing
+        self.route, self.window, self.recomputing = route, window, True
+        try:
+            yield
+        finally:
+            self.route, self.window, self.recomputing = before
 
     def work_for_rows(self, site: Site, rows: int) -> list[Work]:
         """The same for a site that sees whole rows (attention, convolution, input): start and stop count rows."""
@@ -62,7 +95,7 @@ class Executor:
 
     def live_route(self) -> Route | None:
         """The present route. Raises RouteError inside a backward pass that no checkpoint of ours announced."""
-        if torch._C._current_graph_task_id() != -1 and not self.recomputing:  # noqa: SLF001
+        if torch._C._current_graph_task_id() != -1 and not self.recomputing:
             raise RouteError(
                 "Gradient checkpointing recomputes this forward pass without its route.",
                 hint="Enable checkpointing with `host.checkpointing()`, which remembers the route of each pass.",

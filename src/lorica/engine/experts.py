@@ -30,7 +30,9 @@ class ExpertsForward(SiteForward):
         super().__init__(executor, module, next(iter(next(iter(sites.values())).values())))
         self.sites = sites
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         route = self.executor.live_route()
         names = {site.name for per_expert in self.sites.values() for site in per_expert.values()}
         if route is None or not any(names & a.layout.sites.keys() for a in route.adapters()):

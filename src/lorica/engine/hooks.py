@@ -7,8 +7,7 @@ Refuses to know adapters' names, methods and files.
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -103,7 +102,9 @@ class Hooks:
             self.attention.install()
         return self.attention
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.begin()
         self._width = 0
         route = self.executor.route
@@ -130,16 +131,7 @@ class Hooks:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._contexts})
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), self._replay(self.executor.route)
-
-    @contextmanager
-    def _replay(self, route: Route | None) -> Iterator[None]:
-        before = self.executor.route, self.executor.recomputing
-        self.executor.route, self.executor.recomputing = route, True
-        try:
-            yield
-        finally:
-            self.executor.route, self.executor.recomputing = before
+        return nullcontext(), self.executor.replay(self.executor.route)
 
     def remove(self) -> None:
         """Take every hook off again."""
@@ -151,5 +143,3 @@ class Hooks:
             self.attention.remove()
         self.forwards.clear()
         del self.backbone.module.__dict__["_lorica_hooked"]
-
-

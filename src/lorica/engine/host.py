@@ -6,18 +6,16 @@ Refuses to know tokenizers, losses, optimisers and file formats (it calls `adapt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lorica.adapters import files
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
-from lorica.adapters.merge import Merge, MergeReport
 from lorica.adapters.targets import Targets, select
 from lorica.core.errors import MergeError, RouteError, did_you_mean
 from lorica.engine.attention import AttentionHub
@@ -26,6 +24,9 @@ from lorica.engine.hooks import Hooks
 from lorica.engine.route import Route, Stack
 from lorica.methods.base import Method
 from lorica.models.backbone import Backbone, wrap
+
+if TYPE_CHECKING:
+    from lorica.adapters.merge import Merge, MergeReport
 
 TargetSpec = Targets | str | Sequence[str] | Mapping[str, Any] | None
 RowSpec = str | None | Sequence[str]
@@ -78,7 +79,13 @@ class Host:
     # -- adapters ------------------------------------------------------------------------------------------------
 
     def add(
-        self, name: str, method: Method, targets: TargetSpec = None, *, seed: int = 0, dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        method: Method,
+        targets: TargetSpec = None,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> Adapter:
         """Make a new adapter with the method's initial values. It acts once it is activated or routed."""
         layout = self.layout(method, targets)
@@ -165,6 +172,8 @@ class Host:
         With `lengths`, rows are packed end to end into one sequence. Raises RouteError for unknown names, and in the
         forward pass when the batch has another number of rows.
         """
+        if lengths is not None:
+            self.attention_hub()
         with self._routed(Route([self._stack(entry) for entry in names], lengths=lengths)):
             yield
 
@@ -193,6 +202,16 @@ class Host:
             yield
         finally:
             self.executor.route = before
+
+    def windowed(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
+        """`head` for a run of packed positions that begins at a given one, under the present pass's route; repeatable."""
+        route = self.executor.route
+
+        def run(x_CD: Tensor, start: int) -> Tensor:
+            with self.executor.replay(route, (start, start + x_CD.shape[0])):
+                return head(x_CD)
+
+        return run
 
     def attention_hub(self) -> AttentionHub:
         """This backbone's attention function, which keeps packed sequences apart; installed on first use."""
@@ -233,6 +252,8 @@ class Host:
         stack = self._stack(names or self.active)
         if not stack:
             raise MergeError("No adapter is active, so there is nothing to merge.")
+        from lorica.adapters.merge import Merge
+
         merge = Merge(self.backbone, stack)
         report = merge.apply()
         self._merge = merge
@@ -249,10 +270,14 @@ class Host:
 
     def save(self, path: str | Path, name: str | None = None) -> Path:
         """Write one adapter as a folder that PEFT reads, where PEFT has the method."""
+        from lorica.adapters import files
+
         return files.save_adapter(self.adapter(name), self.backbone, Path(path))
 
     def load(self, path: str | Path, name: str = "default") -> Adapter:
         """Read an adapter folder (ours or PEFT's) and make it resident. Raises FormatError, MismatchError."""
+        from lorica.adapters import files
+
         return self.put(files.load_adapter(Path(path), self.backbone, name))
 
     def detach(self) -> Backbone:

@@ -21,7 +21,9 @@ from lorica.engine.executor import Executor
 class Entrance:
     """Adapts the inputs of one forward pass. `virtual` is what `leave` has to cut off again."""
 
-    def __init__(self, executor: Executor, site: Site | None, embedding: nn.Module | None, takes_positions: bool) -> None:
+    def __init__(
+        self, executor: Executor, site: Site | None, embedding: nn.Module | None, takes_positions: bool
+    ) -> None:
         self.executor = executor
         self.site = site
         self.embedding = embedding
@@ -69,12 +71,22 @@ class Entrance:
         if mask is not None and mask.ndim != 2:
             raise MethodError(f"Soft prompts need a 2-D attention mask [rows, tokens], not {mask.ndim}-D.")
         if mask is None:
-            mask = torch.ones(lead.shape[0], (past - width if past else 0) + lead.shape[1], dtype=torch.long, device=lead.device)
-        front = torch.arange(width, device=lead.device)[None] >= width - torch.tensor(lengths, device=lead.device)[:, None]
+            mask = torch.ones(
+                lead.shape[0], (past - width if past else 0) + lead.shape[1], dtype=torch.long, device=lead.device
+            )
+        front = (
+            torch.arange(width, device=lead.device)[None] >= width - torch.tensor(lengths, device=lead.device)[:, None]
+        )
         kwargs["attention_mask"] = torch.cat([front.to(mask.dtype), mask], dim=1)
 
     def _prepend(
-        self, kwargs: dict[str, Any], ids: Tensor | None, embeds: Tensor | None, prompts: list[list[Tensor]], lengths: list[int], width: int
+        self,
+        kwargs: dict[str, Any],
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        prompts: list[list[Tensor]],
+        lengths: list[int],
+        width: int,
     ) -> None:
         if embeds is None:
             assert self.embedding is not None

@@ -32,7 +32,9 @@ class Dropout:
     def __call__(self, x_NI: Tensor) -> Tensor:
         """x under the mask, scaled by 1/(1 − rate)."""
         rng = torch.Generator(device=x_NI.device).manual_seed(self.seed)
-        draw = torch.empty((self.total, *x_NI.shape[1:]), dtype=torch.float32, device=x_NI.device).uniform_(generator=rng)
+        draw = torch.empty((self.total, *x_NI.shape[1:]), dtype=torch.float32, device=x_NI.device).uniform_(
+            generator=rng
+        )
         keep = draw[self.offset : self.offset + x_NI.shape[0]] >= self.rate
         return x_NI * keep / (1.0 - self.rate)
 
@@ -90,9 +92,20 @@ class _Plan:
             return len(tensors) - 1
 
         update = part.update
-        factors = tuple((index(f.A_RI), index(f.B_OR), index(f.mid_R), index(f.post_O), f.scale) for f in update.factors)
-        rest = [index(t) for t in (update.delta, update.in_scale_I, update.out_scale_O, update.bias_O)]
-        return cls(part.start, part.stop, factors, *rest, dropout=part.dropout, keep_bias=not update.scale_bias)
+        factors = tuple(
+            (index(f.A_RI), index(f.B_OR), index(f.mid_R), index(f.post_O), f.scale) for f in update.factors
+        )
+        return cls(
+            part.start,
+            part.stop,
+            factors,
+            delta=index(update.delta),
+            in_scale=index(update.in_scale_I),
+            out_scale=index(update.out_scale_O),
+            bias=index(update.bias_O),
+            dropout=part.dropout,
+            keep_bias=not update.scale_bias,
+        )
 
     def drop(self, x_NI: Tensor) -> Tensor:
         """x under this part's dropout mask, if it has one."""
@@ -103,7 +116,9 @@ class _AdaptedLinear(torch.autograd.Function):
     """See the module header; the maths is `core.update`'s equation and its transpose."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, base: Base, plans: list[_Plan], compute: torch.dtype, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_NI: Tensor, base: Base, plans: list[_Plan], compute: torch.dtype, *tensors: Tensor
+    ) -> Tensor:
         cast = [t.to(compute) for t in tensors]
         scaled = [p for p in plans if p.in_scale >= 0]
         x_in = x_NI.clone() if scaled else x_NI
@@ -151,7 +166,11 @@ def _stackable(plans: list[_Plan], x_NI: Tensor, cast: list[Tensor], compute: to
         return False
     length, rank = plans[0].stop - plans[0].start, cast[plans[0].factors[0][0]].shape[0] if plans[0].factors else 0
     tiled = all(p.start == i * length and p.stop == (i + 1) * length for i, p in enumerate(plans))
-    return tiled and plans[-1].stop == x_NI.shape[0] and all(_plain(p) and cast[p.factors[0][0]].shape[0] == rank for p in plans)
+    return (
+        tiled
+        and plans[-1].stop == x_NI.shape[0]
+        and all(_plain(p) and cast[p.factors[0][0]].shape[0] == rank for p in plans)
+    )
 
 
 def _plain(plan: _Plan) -> bool:

@@ -71,7 +71,9 @@ class Route:
         if self.uniform:
             return self.stacks * rows
         if rows != len(self.stacks):
-            raise RouteError(f"The batch has {rows} rows and {len(self.stacks)} rows are routed; name one adapter (or None) for each row.")
+            raise RouteError(
+                f"The batch has {rows} rows and {len(self.stacks)} rows are routed; name one adapter (or None) for each row."
+            )
         return self.stacks
 
     def segments(self, leading: int) -> list[Segment]:
@@ -85,9 +87,12 @@ class Route:
             return [Segment(0, leading, self.stacks[0])]
         rows = len(self.stacks)
         if self.lengths is not None:
-            if sum(self.lengths) != leading:
-                raise RouteError(f"A site saw {leading} positions where the packed rows hold {sum(self.lengths)} tokens.")
-            lengths: Sequence[int] = self.lengths
+            times, rest = divmod(leading, sum(self.lengths))
+            if rest or not times:
+                raise RouteError(
+                    f"A site saw {leading} positions where the packed rows hold {sum(self.lengths)} tokens."
+                )
+            lengths: Sequence[int] = [times * length for length in self.lengths]  # norms over heads see every head
         else:
             if leading % rows:
                 raise RouteError(f"A site saw {leading} positions, which {rows} routed rows do not divide.")

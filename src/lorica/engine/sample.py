@@ -1,6 +1,6 @@
 """Sampling mixed adapters in one batch: one prefill, then one token for every unfinished row at each step.
 
-In: prompts, each with its adapter. Out: sampled tokens with log-probabilities. 
+In: prompts, each with its adapter. Out: sampled tokens with log-probabilities.
 Prompts are padded on the left and masked. Refuses to know text and users.
 """
 
@@ -57,7 +57,12 @@ def _decode(host: Host, rows: Sequence[tuple[Sequence[int], RowSpec]], params: S
     with host.rows([adapter for _, adapter in rows]):
         for _ in range(params.max_tokens):
             out = host.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             )
             cache = out.past_key_values
             chosen_B, logprob_B = pick(out.logits[:, -1], params, rngs)

@@ -79,7 +79,10 @@ def stacked_linear(x_NI: Tensor, base: Base, work: list[Work], compute: torch.dt
         return y_NO
     pieces, done = [], 0
     for item in tall:
-        pieces += [y_NO[done : item.start], _upper(x_NI[item.start : item.stop], y_NO[item.start : item.stop], base, item)]
+        pieces += [
+            y_NO[done : item.start],
+            _upper(x_NI[item.start : item.stop], y_NO[item.start : item.stop], base, item),
+        ]
         done = item.stop
     return torch.cat([*pieces, y_NO[done:]])
 
@@ -236,4 +239,4 @@ class ConvForward(SiteForward):
 
     def _conv(self, x: Tensor, weight: Tensor) -> Tensor:
         # the module's own geometry: stride, padding, dilation, groups and padding mode
-        return cast(Tensor, cast(Any, self.module)._conv_forward(x, weight, None))  # noqa: SLF001
+        return cast(Tensor, cast(Any, self.module)._conv_forward(x, weight, None))

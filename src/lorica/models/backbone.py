@@ -77,11 +77,11 @@ class Backbone:
     """
 
     def __init__(self, module: nn.Module, *, name: str = "custom", tokenizer: Callable[[], Any] | None = None) -> None:
-        freeze(module)
         self.module = module
         self.name = name
         self.family = str(getattr(getattr(module, "config", None), "model_type", None) or "custom")
         self.places = list_places(module)
+        freeze(module)
         self.sites: dict[str, Site] = {key: place.site for key, place in self.places.items()}
         parts: LanguageModel | None = language_model(module)
         self.is_causal_lm = parts is not None
@@ -185,7 +185,8 @@ def freeze(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.TransformerEncoderLayer):
             part.activation_relu_or_gelu = 0  # torch's own switch: only 1 (relu) and 2 (gelu) take the fused path
-        down, config = part._parameters.get("down_proj"), getattr(part, "config", None)
+        down: Tensor | None = part._parameters.get("down_proj")
+        config: Any = getattr(part, "config", None)
         if down is not None and down.dtype == torch.float64 and hasattr(config, "_experts_implementation_internal"):
             config._experts_implementation_internal = "eager"  # torch's grouped product has no float64
 

@@ -128,6 +128,7 @@ def make_tiny(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, *
     if family not in FAMILIES and family not in RECIPES:
         raise MissingError(f"There is no tiny backbone {family!r}.{did_you_mean(family, FAMILIES)}")
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # plain modules start their biases at random
         module = _plain(family, overrides) if family in _PLAIN else _transformers(family, overrides)
     _fill(module, torch.Generator().manual_seed(seed))
     for parameter in module.parameters():

@@ -68,8 +68,8 @@ def locate(name: str, revision: str | None = None) -> Path:
         or path.is_absolute()
         or name.startswith((".", "~"))
         or name.count("/") > 1
-        or os.sep != "/"
-        and os.sep in name
+        or (os.sep != "/"
+        and os.sep in name)
     ):
         raise MissingError(f"There is no directory {name!r}.{did_you_mean(name, BUILTIN)}")
     from lorica.models.hub import fetch

@@ -25,9 +25,15 @@ class DataConfig(Config):
 
     path: str = Field(description="a JSONL, JSON, parquet or text file, or `everyday:train`")
     eval_path: str | None = Field(None, description="a file whose loss is measured during the run, never trained on")
-    max_length: int = Field(1024, ge=2, description="most tokens of an example; longer ones are cut, counted and reported")
-    train_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns of a conversation have weight")
-    chat: bool | Literal["auto"] = Field("auto", description="whether prompt/completion rows are rendered with the chat template")
+    max_length: int = Field(
+        1024, ge=2, description="most tokens of an example; longer ones are cut, counted and reported"
+    )
+    train_on: Literal["assistant", "last", "all"] = Field(
+        "assistant", description="which turns of a conversation have weight"
+    )
+    chat: bool | Literal["auto"] = Field(
+        "auto", description="whether prompt/completion rows are rendered with the chat template"
+    )
 
 
 class SFTConfig(Config):
@@ -36,21 +42,27 @@ class SFTConfig(Config):
     model: str = Field("nano", description="a built-in name, a local directory or a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the frozen base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one")
-    method: dict[str, Any] = Field({"name": "lora"}, description="`name` and the method's own settings; see `lorica methods NAME`")
+    method: dict[str, Any] = Field(
+        {"name": "lora"}, description="`name` and the method's own settings; see `lorica methods NAME`"
+    )
     targets: Targets = Field(Targets(), description="which sites to adapt")
     data: DataConfig = Field(description="what to train on")
     optimizer: AdamWConfig = Field(AdamWConfig(), description="AdamW, schedule and clipping")
     epochs: float = Field(1.0, gt=0, description="passes over the data; ignored where `steps` is given")
     steps: int | None = Field(None, ge=1, description="optimiser steps, instead of epochs")
     batch_size: int = Field(16, ge=1, description="examples of one optimiser step")
-    token_budget: int = Field(2048, ge=16, description="most tokens of one micro-batch; a step accumulates as many as it needs")
+    token_budget: int = Field(
+        2048, ge=16, description="most tokens of one micro-batch; a step accumulates as many as it needs"
+    )
     checkpointing: bool = Field(False, description="recompute activations in backward: less memory, more time")
     seed: int = Field(0, ge=0, description="seed of the adapter's init, its dropout and the order of the data")
     out: str = Field("runs/sft", description="run directory: config, metrics, curve, checkpoints, adapter")
     save_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep: int = Field(2, ge=1, description="checkpoints kept; older ones are deleted")
     eval_every: int = Field(100, ge=1, description="steps between evaluations, where `data.eval_path` is given")
-    track: Literal["none", "wandb", "trackio", "tensorboard"] = Field("none", description="where metrics go besides metrics.jsonl")
+    track: Literal["none", "wandb", "trackio", "tensorboard"] = Field(
+        "none", description="where metrics go besides metrics.jsonl"
+    )
     project: str = Field("lorica", description="project name for the tracker")
 
     @field_validator("method")
@@ -66,7 +78,9 @@ class SFTConfig(Config):
         return make_method(**self.method)
 
 
-def read_config(path: str | Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> SFTConfig:
+def read_config(
+    path: str | Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> SFTConfig:
     """A config from a YAML file, with `a.b=c` overrides (values are YAML) on top. Raises ConfigError, MissingError."""
     values: dict[str, Any] = dict(defaults or {})
     if path is not None:

@@ -75,7 +75,9 @@ class RunDir:
         """The newest checkpoint's state. Raises ResumeError when there is none, or it cannot be read."""
         found = self.checkpoints()
         if not found:
-            raise ResumeError(f"{self.path} has no checkpoint to resume from.", hint="Start the run again from its config.yaml.")
+            raise ResumeError(
+                f"{self.path} has no checkpoint to resume from.", hint="Start the run again from its config.yaml."
+            )
         try:
             state: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

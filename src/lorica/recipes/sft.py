@@ -151,7 +151,11 @@ def _train(ready: Plan, directory: RunDir, observer: Observer, first: int) -> Ou
     config = ready.config
     observer.prepared(ready)
     tracker = make_tracker(
-        config.track, project=config.project, name=directory.path.name, directory=str(directory.path), config=config.model_dump()
+        config.track,
+        project=config.project,
+        name=directory.path.name,
+        directory=str(directory.path),
+        config=config.model_dump(),
     )
     started, tokens, step, loss = time.monotonic(), 0, first, float("nan")
     with _interruptible() as stop:
@@ -170,10 +174,14 @@ def _train(ready: Plan, directory: RunDir, observer: Observer, first: int) -> Ou
     tracker.finish()
     seconds = time.monotonic() - started
     with storage(directory.path):
-        write_atomic(directory.path / "loss.png", loss_curve(directory.records(), f"{config.method['name']} on {config.model}"))
+        write_atomic(
+            directory.path / "loss.png", loss_curve(directory.records(), f"{config.method['name']} on {config.model}")
+        )
     finished = step == ready.steps
     adapter = ready.client.save(directory.adapter) if finished else None
-    return Outcome(directory.path, step, loss, seconds, tokens / max(seconds, 1e-9), peak_bytes(), not finished, adapter)
+    return Outcome(
+        directory.path, step, loss, seconds, tokens / max(seconds, 1e-9), peak_bytes(), not finished, adapter
+    )
 
 
 def _step(ready: Plan, number: int) -> dict[str, Any]:
@@ -183,7 +191,8 @@ def _step(ready: Plan, number: int) -> dict[str, Any]:
     loss = ready.client.forward_backward(batch)
     if not torch.isfinite(torch.tensor(loss.mean)):
         raise MethodError(
-            f"The loss of step {number} is {loss.mean}; training cannot go on.", hint="Lower optimizer.lr, or look at the data."
+            f"The loss of step {number} is {loss.mean}; training cannot go on.",
+            hint="Lower optimizer.lr, or look at the data.",
         )
     done = ready.client.optim_step()
     tokens, seconds = sum(map(len, batch)), time.monotonic() - began

@@ -17,7 +17,9 @@ from lorica.models import load
 from lorica.training.optimizer import AdamWConfig
 
 
-def train(model: str, data: str, method: Method, out: str, *, steps: int = 100, batch_size: int = 16, lr: float = 2e-3) -> float:
+def train(
+    model: str, data: str, method: Method, out: str, *, steps: int = 100, batch_size: int = 16, lr: float = 2e-3
+) -> float:
     """Fine-tune `model` on `data` and write the adapter to `out`. Returns the mean loss of the last step.
 
     The loss of a step is `Σ w · −log p / Σ w` over the step's trained tokens. Raises DataError for rows that cannot be used.

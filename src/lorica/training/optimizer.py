@@ -26,7 +26,9 @@ class AdamWConfig(Config):
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of the two moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay; a method's no-decay tensors never decay")
-    group_lr: dict[str, float] = Field({}, description="learning-rate factor by the method's parameter group, e.g. `B: 16`")
+    group_lr: dict[str, float] = Field(
+        {}, description="learning-rate factor by the method's parameter group, e.g. `B: 16`"
+    )
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
     schedule: ScheduleName = Field("cosine", description="shape of the learning rate after warm-up")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly from zero")
