@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from lorica.core.errors import ConfigError, did_you_mean
+from lorica.core.errors import ConfigError, LoricaError, did_you_mean
 
 
 class Config(BaseModel):
@@ -41,11 +41,14 @@ def _explain(cls: type[BaseModel], error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return (
-            f"{cls.__name__} has no setting {where!r}.{did_you_mean(str(first['loc'][-1]), _fields(cls, first['loc']))}"
-        )
+        known = _fields(cls, first["loc"])
+        near = did_you_mean(str(first["loc"][-1]), known) or f" Its settings are {', '.join(known) or 'none'}."
+        return f"{cls.__name__} has no setting {where!r}.{near}"
     if first["type"] == "missing":
         return f"{cls.__name__} needs {where!r}, which is missing."
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, LoricaError):  # a nested config, or a validator of ours, has said it already
+        return str(cause)
     given = first.get("input")
     return f"{cls.__name__}.{where} is {given!r}: {first['msg'].removeprefix('Value error, ')}."
 

@@ -94,16 +94,6 @@ class Engine:
             room -= tokens
         return chunks
 
-    def loss_graph(self, examples: Sequence[Example], adapter: RowSpec) -> Tensor:
-        """The summed loss of one micro-batch with its graph, for whoever measures the graph."""
-        packed = collate(examples)
-        self.host.train()
-        with self.host.rows([adapter] * len(examples), lengths=packed.lengths.tolist()):
-            hidden_ND = self.hidden(packed)
-            loss, _ = self._head(hidden_ND, self._tensor(packed.targets), self._tensor(packed.weights, torch.float32))
-        self.host.eval()
-        return loss
-
     def _micro(self, items: list[Item], backward: bool) -> list[Result]:
         packed = collate([item.example for item in items])
         targets_N, weights_N = self._tensor(packed.targets), self._tensor(packed.weights, torch.float32)

@@ -6,12 +6,13 @@ Prompts are padded on the left and masked. Refuses to know text and users.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorica.core.errors import DataError
 from lorica.engine.host import Host, RowSpec
@@ -53,6 +54,7 @@ def _decode(host: Host, rows: Sequence[tuple[Sequence[int], RowSpec]], params: S
     logprobs: list[list[float]] = [[] for _ in rows]
     live = [True] * len(rows)
     cache: Any = None
+    word = _cache_word(host.model)
     stops = set(params.stop_ids)
     with host.rows([adapter for _, adapter in rows]):
         for _ in range(params.max_tokens):
@@ -60,11 +62,11 @@ def _decode(host: Host, rows: Sequence[tuple[Sequence[int], RowSpec]], params: S
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{word: cache},
             )
-            cache = out.past_key_values
+            cache = out[word]
             chosen_B, logprob_B = pick(out.logits[:, -1], params, rngs)
             for row, (token, logprob) in enumerate(zip(chosen_B.tolist(), logprob_B.tolist(), strict=True)):
                 if live[row]:
@@ -77,6 +79,11 @@ def _decode(host: Host, rows: Sequence[tuple[Sequence[int], RowSpec]], params: S
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             positions = positions[:, -1:] + 1
     return [Sample(tuple(t), tuple(p), not alive) for t, p, alive in zip(tokens, logprobs, live, strict=True)]
+
+
+def _cache_word(model: nn.Module) -> str:
+    """What this transformers calls a cache: `past_key_values` became `cache` in the course of version 5."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -70,8 +70,8 @@ class SFTConfig(Config):
     def _known_method(cls, value: dict[str, Any]) -> dict[str, Any]:
         if "name" not in value:
             raise ConfigError("SFTConfig.method needs 'name', e.g. `method: {name: lora, rank: 8}`.")
-        make_method(**value)
-        return value
+        method = make_method(**value)  # defaults are written out, so that a stored config says everything
+        return {"name": method.name, **method.model_dump(mode="json")}
 
     def make_method(self) -> Method:
         """The configured method."""

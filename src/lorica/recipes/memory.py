@@ -1,80 +1,104 @@
 """How much memory a run will need, and how much it needed.
 
-In: a loaded plan's parts. Out: bytes by purpose. The estimate adds what is known (weights, adapter, optimiser) to activations
-measured with one small forward pass and scaled to the token budget. Refuses to know configs and files.
+In: a training client and its examples. Out: bytes by purpose. The largest micro-batch of a step is rehearsed, since no
+formula knows an allocator; where it would not fit, its need is scaled up from a small one instead.
+Refuses to know configs and files.
 """
 
 from __future__ import annotations
 
+import importlib
 import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lorica.client.local import TrainingClient
 from lorica.data.example import Example
+from lorica.engine.engine import Engine, Item
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes. `process` is the interpreter with its libraries and the loaded weights, as it stands now."""
+    """Bytes. `total` is the peak of the process (on a GPU: of torch's allocations there).
 
-    process: int
+    `weights`, `adapter` and `optimizer` (gradient and two moments) are counted; `working` is what one micro-batch adds.
+    `rehearsed` says whether that micro-batch was run; if not, `working` was scaled up from a smaller one.
+    """
+
+    total: int
     weights: int
     adapter: int
     optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """The peak of the process (on a GPU: of the device, where `process` is what is allocated already)."""
-        return self.process + self.optimizer + self.activations
+    working: int
+    rehearsed: bool
 
 
-def estimate(client: TrainingClient, examples: Sequence[Example], token_budget: int) -> MemoryEstimate:
-    """What training this client will need. Gradients and random state are left as they were."""
+def estimate(client: TrainingClient, examples: Sequence[Example], batch_size: int) -> MemoryEstimate:
+    """What training this client with batches of `batch_size` needs. Gradients and random state are left as they were."""
+    for late in ("torch._dynamo", "matplotlib.backends.backend_agg"):  # a run loads these later; they are not small
+        importlib.import_module(late)
     backbone, adapter = client.service.host.backbone, client.adapter
     element = adapter.flat.element_size()
     frozen = sum(t.numel() * t.element_size() for owned in adapter.frozen.values() for t in owned.values())
+    moments = 2 * adapter.flat.numel() * element
+    before = current_bytes()
+    longest = sorted(examples, key=len, reverse=True)[:batch_size]
+    _rehearse(client, longest[:1])
+    peak, working = peak_bytes(), peak_bytes() - before
+    largest = _largest(longest, client.service.engine.token_budget)
+    times = sum(map(len, largest)) / len(longest[0])
+    fits = working * (times - 1) < free_bytes()
+    if fits:
+        for _ in range(2):  # an allocator settles at the second
+            _rehearse(client, largest)
+        peak, working = peak_bytes(), peak_bytes() - before
+    else:
+        peak, working = before + round(working * times), round(working * times)
     return MemoryEstimate(
-        process=current_bytes(),
+        total=peak + moments,
         weights=sum(p.numel() * p.element_size() for p in backbone.module.parameters()),
         adapter=adapter.flat.numel() * element + frozen,
-        optimizer=3 * adapter.flat.numel() * element,  # gradient and two moments
-        activations=_activations(client, examples, token_budget),
+        optimizer=moments + adapter.flat.numel() * element,
+        working=working,
+        rehearsed=fits,
     )
 
 
-def _activations(client: TrainingClient, examples: Sequence[Example], token_budget: int) -> int:
-    """Bytes saved for backward for a micro-batch of `token_budget` tokens, from the saved bytes of two small ones."""
-    longest = max(examples, key=len)
-    need = max(token_budget, len(longest))
-    short, long = _saved(client, [longest]), _saved(client, [longest, longest])
-    per_token = (long - short) / max(1, len(longest) - 1)
-    return round(short + per_token * max(0, need - len(longest) + 1))
+def _largest(longest: Sequence[Example], token_budget: int) -> list[Example]:
+    """As many of the longest examples as one micro-batch holds; at least one."""
+    chosen, room = [longest[0]], token_budget - len(longest[0])
+    for example in longest[1:]:
+        if len(example) > room:
+            break
+        chosen.append(example)
+        room -= len(example)
+    return chosen
 
 
-def _saved(client: TrainingClient, examples: list[Example]) -> int:
-    """Bytes that autograd keeps for backward over one micro-batch; tensors that share memory count once."""
-    storages: dict[int, int] = {}
-    owned = {p.untyped_storage().data_ptr() for p in client.service.host.backbone.module.parameters()}
-
-    def note(tensor: Tensor) -> Tensor:
-        where = tensor.untyped_storage().data_ptr()
-        if where not in owned:
-            storages[where] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    forwards, grad, rng = client.adapter.forwards, client.adapter.grad.clone(), torch.get_rng_state()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        client.service.engine.loss_graph(examples, client.adapter.name)
-    client.adapter.forwards = forwards
-    client.adapter.grad.copy_(grad)
+def _rehearse(client: TrainingClient, examples: Sequence[Example]) -> None:
+    """One forward and backward pass that leaves no trace in the adapter."""
+    adapter = client.adapter
+    forwards, grad, rng = adapter.forwards, adapter.grad.clone(), torch.get_rng_state()
+    engine = Engine(client.service.host, token_budget=sum(map(len, examples)))
+    engine.forward_backward([Item(example, adapter.name) for example in examples])
+    adapter.forwards = forwards
+    adapter.grad.copy_(grad)
     torch.set_rng_state(rng)
-    return sum(storages.values())
+
+
+def free_bytes() -> int:
+    """Bytes that can still be had: of the GPU, or of the machine. Where the system does not say, there is no limit."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return sys.maxsize
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
 
 
 def current_bytes() -> int:
@@ -82,8 +106,7 @@ def current_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
     except OSError:  # no procfs: the peak so far is the nearest thing
         return peak_bytes()
 

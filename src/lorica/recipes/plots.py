@@ -14,6 +14,7 @@ def loss_curve(records: Sequence[dict[str, Any]], title: str) -> bytes:
     """Training loss over steps, smoothed over it, and evaluation loss where there is one. Returns PNG bytes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -28,6 +29,7 @@ def loss_curve(records: Sequence[dict[str, Any]], title: str) -> bytes:
         axes.plot(*zip(*measured, strict=True), "o-", color="#d94801", markersize=4, label="evaluation")
     axes.set(xlabel="optimiser step", ylabel="loss, nats per trained token", title=title)
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     buffer = io.BytesIO()

@@ -71,13 +71,11 @@ class RunDir:
             old.unlink()
         return path
 
-    def latest(self) -> dict[str, Any]:
-        """The newest checkpoint's state. Raises ResumeError when there is none, or it cannot be read."""
+    def latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint's state; None when the run ended before its first. Raises ResumeError when it is unreadable."""
         found = self.checkpoints()
         if not found:
-            raise ResumeError(
-                f"{self.path} has no checkpoint to resume from.", hint="Start the run again from its config.yaml."
-            )
+            return None
         try:
             state: dict[str, Any] = torch.load(found[-1], map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

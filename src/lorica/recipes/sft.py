@@ -126,7 +126,11 @@ def resume(path: str | Path, observer: Observer | None = None) -> Outcome:
         raise ResumeError(f"{path} is not a run directory: it has no config.yaml.")
     config = SFTConfig.parse(yaml.safe_load(directory.config.read_text(encoding="utf-8"))).replace(out=str(path))
     state = directory.latest()
+    torch.manual_seed(config.seed)
     ready = plan(config)
+    if state is None:  # stopped before the first checkpoint: the run begins anew
+        directory.rewind(0)
+        return _train(ready, directory, observer or Observer(), 0)
     if state["data"] != ready.dataset.fingerprint:
         raise ResumeError(f"{config.data.path} has changed since the run began; resuming would train on other data.")
     if state["base"] != ready.backbone.fingerprint():

@@ -1,0 +1,108 @@
+"""Options that several commands share, and the model with adapters that they name.
+
+In: names, paths, dtype, device. Out: a service with the adapters resident, a renderer, sampling settings.
+Refuses to know what a command does with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from lorica.client.local import Service
+    from lorica.data.render import Renderer
+    from lorica.models.backbone import Backbone
+    from lorica.sampling.params import SamplingParams
+
+F = TypeVar("F", bound=Callable[..., Any])
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def dtype_options(command: F) -> F:
+    """`--dtype` and `--device`."""
+    command = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")(command)
+    return click.option(
+        "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Dtype of the frozen base."
+    )(command)
+
+
+def model_options(command: F) -> F:
+    """`--model`, `--adapter`, `--dtype`, `--device`."""
+    command = dtype_options(command)
+    command = click.option(
+        "--adapter", "adapters", multiple=True, metavar="DIR", help="Adapter folder; several are stacked in order."
+    )(command)
+    return click.option(
+        "--model", default="nano", show_default=True, help="Built-in name, local directory or hub id."
+    )(command)
+
+
+def sampling_options(command: F) -> F:
+    """The fields of `SamplingParams`, and stop texts."""
+    options = (
+        click.option("--max-tokens", type=int, default=128, show_default=True, help="Most tokens to sample."),
+        click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
+        click.option("--top-k", type=int, help="Sample among the K likeliest tokens only."),
+        click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample within this probability mass."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Row i draws from (seed, i)."),
+        click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End an answer before this text."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def open_backbone(model: str, dtype: str, device: str) -> Backbone:
+    """A backbone by name. Raises MissingError, FormatError, ConfigError."""
+    from lorica.models import load
+    from lorica.recipes.sft import pick_device
+
+    return load(model, dtype=dtype, device=pick_device(device))
+
+
+def open_service(model: str, adapters: Sequence[str], dtype: str, device: str) -> tuple[Service, tuple[str, ...]]:
+    """A service with the adapters resident, and their names in order."""
+    from lorica.client.local import Service
+
+    service = Service(open_backbone(model, dtype, device))
+    names = tuple(unique_names(adapters))
+    for name, path in zip(names, adapters, strict=True):
+        service.host.load(path, name)
+    return service, names
+
+
+def unique_names(paths: Sequence[str]) -> list[str]:
+    """A name for each adapter folder: its path, numbered where one comes twice."""
+    names: list[str] = []
+    for path in map(str, map(Path, paths)):
+        names.append(path if path not in names else f"{path} ({names.count(path) + len(names)})")
+    return names
+
+
+def make_renderer(backbone: Backbone) -> Renderer:
+    """The renderer of a backbone's tokenizer. Raises MethodError when it has none."""
+    from lorica.core.errors import MethodError
+    from lorica.data.render import Renderer
+
+    if backbone.tokenizer is None:
+        raise MethodError(f"{backbone.name!r} has no tokenizer, so it cannot read or write text.")
+    return Renderer(backbone.tokenizer)
+
+
+def make_params(renderer: Renderer, stops: Sequence[str], **values: Any) -> SamplingParams:
+    """Sampling settings; stop texts that are one token end the sampling itself. Raises ConfigError."""
+    from lorica.sampling.params import SamplingParams
+
+    encoded = [renderer.tokenizer.encode(text, add_special_tokens=False) for text in stops]
+    single = {int(ids[0]) for ids in encoded if len(ids) == 1}
+    return SamplingParams(**values, stop_ids=tuple(sorted(renderer.stop_ids | single)))
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first stop text in it."""
+    ends = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
+    return text[: min(ends)] if ends else text

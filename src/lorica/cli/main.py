@@ -1,0 +1,91 @@
+"""The `lorica` command: names and one line of help for each subcommand, and what errors look like.
+
+In: argv. Out: exit code 0 (done), 1 (a Lorica error), 2 (wrong usage), 130 (Ctrl-C). A command's module is imported when it is
+called, so `lorica --help` loads neither torch nor pydantic. Refuses to know what a command does; bugs are not swallowed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import click
+
+from lorica import __version__
+from lorica.cli.output import report_error
+from lorica.core.errors import LoricaError, did_you_mean
+
+COMMANDS: dict[str, str] = {
+    "quickstart": "Fine-tune the built-in model on the built-in data, and see what changed.",
+    "train": "Fine-tune an adapter on a data file.",
+    "sample": "Continue prompts, with or without an adapter.",
+    "chat": "Talk to a model, with or without an adapter.",
+    "merge": "Fold adapters into the weights and write a model directory.",
+    "export": "Write an adapter as a plain LoRA folder, whatever its method.",
+    "inspect": "Show what an adapter folder holds.",
+    "data": "Look at training data as the trainer sees it.",
+    "methods": "List the methods, or explain one.",
+    "models": "List the built-in models, or the sites of one model.",
+}
+"""Every subcommand `x` is the attribute `command` of `lorica.cli.x`."""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name, and turns Lorica's errors into sentences and exit codes."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"lorica.cli.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"There is no command {args[0]!r}.{did_you_mean(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except LoricaError as error:
+            report_error(error.code, error.message, error.hint, as_json=as_json)
+            ctx.exit(1)
+        except click.UsageError as error:
+            if not as_json:
+                raise
+            report_error("usage", error.format_message(), None, as_json=True)
+            ctx.exit(2)
+        except (KeyboardInterrupt, click.Abort):
+            report_error("interrupted", "Interrupted.", None, as_json=as_json)
+            ctx.exit(130)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "--version", message="%(prog)s %(version)s", prog_name="lorica")
+def cli() -> None:
+    """One frozen base model, many adapters: train, sample, merge and export PEFT methods.
+
+    Results go to stdout, everything else to stderr. Every command that returns something takes --json.
+    """
+
+
+def main() -> None:
+    """The entry point of the installed command."""
+    # Spinning OpenMP threads are many times slower when cores are shared; torch reads this when it is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    cli(prog_name="lorica")
+
+
+if __name__ == "__main__":
+    main()

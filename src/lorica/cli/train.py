@@ -1,0 +1,182 @@
+"""`lorica train`: a supervised fine-tuning run from a config, overrides and flags.
+
+In: settings. Out: the run directory's adapter path on stdout. Refuses to know how training works: `recipes.sft` does it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorica.cli.output import duration, emit, json_option, say, shell, size, table, wants_colour
+
+FLAGS = {
+    "model": "model",
+    "data": "data.path",
+    "out": "out",
+    "steps": "steps",
+    "epochs": "epochs",
+    "batch_size": "batch_size",
+    "lr": "optimizer.lr",
+    "seed": "seed",
+    "track": "track",
+}
+"""Flag → config field. Everything else is set as KEY=VALUE."""
+
+
+@click.command()
+@click.argument("settings", nargs=-1, metavar="[CONFIG] [KEY=VALUE]...")
+@click.option("--model", help="Built-in name, local directory or hub id.")
+@click.option("--method", help="Method, with its default settings; `lorica methods` lists them.")
+@click.option("--data", help="JSONL, JSON, parquet or text file, or everyday:train.")
+@click.option("--out", help="Run directory to make.")
+@click.option("--steps", type=int, help="Optimiser steps.")
+@click.option("--epochs", type=float, help="Passes over the data, where steps are not given.")
+@click.option("--batch-size", type=int, help="Examples of one optimiser step.")
+@click.option("--lr", type=float, help="Peak learning rate.")
+@click.option("--seed", type=int, help="Seed of the adapter's init, its dropout and the order of the data.")
+@click.option("--track", help="Also send metrics to wandb, trackio or tensorboard.")
+@click.option("--dry-run", is_flag=True, help="Show config, data, what would be trained and memory; write nothing.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Continue the run in DIR.")
+@json_option
+def command(
+    settings: tuple[str, ...], method: str | None, dry_run: bool, resume: Path | None, as_json: bool, **flags: Any
+) -> None:
+    """Fine-tune an adapter on a data file.
+
+    CONFIG is a YAML file or the name of a shipped one; KEY=VALUE sets any of its fields (optimizer.lr=1e-3).
+    Flags stand for the commonest fields. Prints the path of the adapter; Ctrl-C leaves a checkpoint to resume from.
+
+    \b
+    lorica train --model nano --data rows.jsonl --out runs/first
+    lorica train quickstart method.rank=4 steps=50
+    lorica train --resume runs/first
+    """
+    given = {key: value for key, value in flags.items() if value is not None}
+    if resume is not None:
+        if settings or given or method or dry_run:
+            raise click.UsageError("--resume takes its settings from the run directory; give nothing else with it.")
+        _train(None, resume, as_json)
+        return
+    config = _config(settings, method, given)
+    if dry_run:
+        _dry_run(config, as_json)
+    else:
+        _train(config, Path(config.out), as_json)
+
+
+def _config(settings: tuple[str, ...], method: str | None, given: dict[str, Any]) -> Any:
+    from lorica.recipes.config import read_config
+    from lorica.recipes.configs import find_config
+
+    files = [part for part in settings if "=" not in part]
+    if len(files) > 1:
+        raise click.UsageError(f"One config at a time: {' and '.join(files)} were given.")
+    overrides = [] if method is None else [f"method={json.dumps({'name': method})}"]
+    overrides += [f"{FLAGS[key]}={json.dumps(value)}" for key, value in given.items()]
+    overrides += [part for part in settings if "=" in part]
+    if not files and not any(part.startswith(("data=", "data.path=")) for part in overrides):
+        raise click.UsageError("Nothing to train on: give a config, or --data FILE.")
+    return read_config(find_config(files[0]) if files else None, overrides)
+
+
+def _dry_run(config: Any, as_json: bool) -> None:
+    from lorica.recipes import sft
+    from lorica.recipes.summary import Summary, summarise
+
+    summary: Summary = summarise(sft.plan(config), colour=wants_colour(sys.stdout) and not as_json)
+    trained, memory = summary.trained, summary.memory
+    assert memory is not None
+    rows = [(g.role, g.kind, "×".join(map(str, g.shape)), g.count, g.parameters) for g in trained.groups]
+    emit(
+        summary.to_dict(),
+        "\n".join(
+            [
+                "# resolved config",
+                summary.resolved,
+                "# data",
+                str(summary.data),
+                "\n# what would be trained",
+                table(("site", "kind", "shape", "sites", "parameters"), rows),
+                _share(trained),
+                f"{summary.steps} steps of {config.batch_size} examples.",
+                "\n# memory, estimated",
+                table(
+                    ("part", "bytes"),
+                    [
+                        ("process with weights and adapter", size(memory.process)),
+                        ("gradient and optimiser", size(memory.optimizer)),
+                        ("activations", size(memory.activations)),
+                        ("peak", size(memory.total)),
+                    ],
+                ),
+                "\nDry run: nothing was written.",
+            ]
+        ),
+        as_json=as_json,
+    )
+
+
+def _share(trained: Any) -> str:
+    frozen = f" and {trained.frozen:,} frozen extra values" if trained.frozen else ""
+    return (
+        f"{trained.method} on {trained.sites} sites: {trained.parameters:,} trained parameters{frozen}, "
+        f"{trained.share:.2%} of the base's {trained.base_parameters:,}."
+    )
+
+
+def _train(config: Any, out: Path, as_json: bool) -> None:
+    """Run or resume, report, and exit with 130 when it was interrupted."""
+    from lorica.cli.progress import ProgressObserver
+    from lorica.recipes import sft
+    from lorica.recipes.summary import summarise
+
+    class Observer(ProgressObserver):
+        def prepared(self, plan: sft.Plan) -> None:
+            if not self.quiet:
+                summary = summarise(plan, memory=False, colour=wants_colour(sys.stderr))
+                self.talk(f"{summary.data}\n\n{_share(summary.trained)}")
+            super().prepared(plan)
+
+    resume = f"lorica train --resume {shell(out)}"
+    try:
+        with Observer(quiet=as_json) as observer:
+            outcome = sft.resume(out, observer) if config is None else sft.run(config, observer)
+    except KeyboardInterrupt:
+        if not as_json and any((out / "checkpoints").glob("*.pt")):
+            say(f"\nContinue the run with:\n  {resume}")
+        raise
+    if not as_json:
+        peak = size(outcome.peak_bytes)
+        speed = f"{outcome.tokens_per_second:,.0f} tokens/s"
+        say(f"\n{outcome.steps} steps in {duration(outcome.seconds)}, {speed}, loss {outcome.loss:.3f}, peak {peak}.")
+        if outcome.interrupted:
+            say(f"Interrupted; the checkpoint is in {outcome.path}. Continue the run with:\n  {resume}")
+        else:
+            model = f"--model {shell(_model(outcome.path))} --adapter {shell(str(outcome.adapter))}"
+            say(f"Curve in {outcome.path / 'loss.png'}. Try it with:\n  lorica chat {model}")
+    document = {
+        "path": outcome.path,
+        "adapter": outcome.adapter,
+        "steps": outcome.steps,
+        "loss": outcome.loss,
+        "seconds": outcome.seconds,
+        "tokens_per_second": outcome.tokens_per_second,
+        "peak_bytes": outcome.peak_bytes,
+        "interrupted": outcome.interrupted,
+        "resume": resume if outcome.interrupted else None,
+    }
+    if as_json or not outcome.interrupted:
+        emit(document, str(outcome.adapter), as_json=as_json)
+    if outcome.interrupted:
+        raise SystemExit(130)
+
+
+def _model(run: Path) -> str:
+    from lorica.recipes.config import read_config
+
+    return read_config(run / "config.yaml").model
