@@ -22,10 +22,14 @@ def test_overrides_reach_nested_fields_and_keep_their_neighbours(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3", 3), ("1e-3", 1e-3), ("null", None), ("[a, b]", ["a", "b"]), ("true", True), ("q_proj", "q_proj")]
+    ("text", "value"),
+    [("3", 3), ("1e-3", 1e-3), ("null", None), ("[a, b]", ["a", "b"]), ("true", True), ("q_proj", "q_proj")],
 )
 def test_override_values_are_yaml(text: str, value: object) -> None:
-    assert read_config(None, [f"method.x={text}", "method.name=lora"][1:], DATA | {"method": {"rank": 1}}).method["rank"] == 1
+    assert (
+        read_config(None, [f"method.x={text}", "method.name=lora"][1:], DATA | {"method": {"rank": 1}}).method["rank"]
+        == 1
+    )
     got = yaml.safe_load(to_yaml(SFTConfig.parse(DATA)))
     assert "x" not in got["method"]
     from lorica.recipes import config as module
@@ -35,7 +39,12 @@ def test_override_values_are_yaml(text: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("override", "near"),
-    [("optimizer.learning_rate=1", "lr"), ("optimiser.lr=1", "optimizer"), ("stepz=3", "steps"), ("data.pth=x", "path")],
+    [
+        ("optimizer.learning_rate=1", "lr"),
+        ("optimiser.lr=1", "optimizer"),
+        ("stepz=3", "steps"),
+        ("data.pth=x", "path"),
+    ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(override: str, near: str) -> None:
     with pytest.raises(ConfigError, match=r"Did you mean|Its settings are") as caught:

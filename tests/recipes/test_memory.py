@@ -28,7 +28,9 @@ else:
 def long_rows(tmp_path: Path) -> Path:
     path = tmp_path / "long.jsonl"
     words = "tell me about the weather in the north and the south of the country please "
-    turns = [[{"role": "user", "content": words * (1 + i % 4)}, {"role": "assistant", "content": words}] for i in range(96)]
+    turns = [
+        [{"role": "user", "content": words * (1 + i % 4)}, {"role": "assistant", "content": words}] for i in range(96)
+    ]
     path.write_text("\n".join(json.dumps({"messages": t}) for t in turns), encoding="utf-8")
     return path
 
@@ -53,7 +55,11 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config), encoding="utf-8")
     estimated, measured = (
-        int(subprocess.run([sys.executable, "-c", CODE, str(path), what], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", CODE, str(path), what], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for what in ("estimate", "run")
     )
     assert 0.8 <= estimated / measured <= 1.2

@@ -86,7 +86,9 @@ def test_a_killed_process_loses_nothing_that_was_saved(config: MakeConfig, tmp_p
     code = "import sys; from lorica.recipes import sft, config; sft.run(config.read_config(sys.argv[1]))"
     for number, lines in enumerate((4, 11, 20)):
         again = "import sys; from lorica.recipes import sft; sft.resume(sys.argv[1])"
-        command = [sys.executable, "-c", code, str(settings)] if number == 0 else [sys.executable, "-c", again, str(path)]
+        command = (
+            [sys.executable, "-c", code, str(settings)] if number == 0 else [sys.executable, "-c", again, str(path)]
+        )
         process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
         metrics = path / "metrics.jsonl"
         deadline = time.monotonic() + 120

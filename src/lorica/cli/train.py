@@ -86,38 +86,38 @@ def _config(settings: tuple[str, ...], method: str | None, given: dict[str, Any]
 
 def _dry_run(config: Any, as_json: bool) -> None:
     from lorica.recipes import sft
-    from lorica.recipes.summary import Summary, summarise
+    from lorica.recipes.summary import summarise
 
-    summary: Summary = summarise(sft.plan(config), colour=wants_colour(sys.stdout) and not as_json)
-    trained, memory = summary.trained, summary.memory
-    assert memory is not None
+    summary = summarise(sft.plan(config), colour=wants_colour(sys.stdout) and not as_json)
+    trained = summary.trained
     rows = [(g.role, g.kind, "×".join(map(str, g.shape)), g.count, g.parameters) for g in trained.groups]
-    emit(
-        summary.to_dict(),
-        "\n".join(
-            [
-                "# resolved config",
-                summary.resolved,
-                "# data",
-                str(summary.data),
-                "\n# what would be trained",
-                table(("site", "kind", "shape", "sites", "parameters"), rows),
-                _share(trained),
-                f"{summary.steps} steps of {config.batch_size} examples.",
-                "\n# memory, estimated",
-                table(
-                    ("part", "bytes"),
-                    [
-                        ("process with weights and adapter", size(memory.process)),
-                        ("gradient and optimiser", size(memory.optimizer)),
-                        ("activations", size(memory.activations)),
-                        ("peak", size(memory.total)),
-                    ],
-                ),
-                "\nDry run: nothing was written.",
-            ]
-        ),
-        as_json=as_json,
+    parts = [
+        "# resolved config",
+        summary.resolved,
+        "# data",
+        str(summary.data).rstrip(),
+        "\n# what would be trained",
+        table(("site", "kind", "shape", "sites", "parameters"), rows),
+        _share(trained),
+        f"{summary.steps} steps of {config.batch_size} examples.",
+        "\n# memory, estimated",
+        _memory(summary.memory),
+        "\nDry run: nothing was written.",
+    ]
+    emit(summary.to_dict(), "\n".join(parts), as_json=as_json)
+
+
+def _memory(memory: Any) -> str:
+    how = "rehearsed" if memory.rehearsed else "scaled up from a smaller one, because this one would not fit now"
+    return table(
+        ("part", "bytes"),
+        [
+            ("base weights", size(memory.weights)),
+            ("adapter", size(memory.adapter)),
+            ("gradient and optimiser", size(memory.optimizer)),
+            (f"largest micro-batch ({how})", size(memory.working)),
+            ("peak, everything included", size(memory.total)),
+        ],
     )
 
 
@@ -148,7 +148,7 @@ def _train(config: Any, out: Path, as_json: bool) -> None:
             outcome = sft.resume(out, observer) if config is None else sft.run(config, observer)
     except KeyboardInterrupt:
         if not as_json and any((out / "checkpoints").glob("*.pt")):
-            say(f"\nContinue the run with:\n  {resume}")
+            say(f"Continue the run with:\n  {resume}")
         raise
     if not as_json:
         peak = size(outcome.peak_bytes)

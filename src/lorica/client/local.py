@@ -73,27 +73,44 @@ class Service:
         """A client that trains an adapter folder further, with a fresh optimiser. Raises FormatError, MismatchError."""
         return TrainingClient(self, self.host.load(path, name), optimizer or AdamWConfig(), steps)
 
+    def forward_backward(self, batches: Sequence[tuple[TrainingClient, Sequence[Example]]]) -> list[Loss]:
+        """One joint pass for several clients, whatever their methods; each client's gradient is its own examples' alone.
+
+        Raises DataError when no token of some client's batch is trained; then nobody's gradient has changed.
+        """
+        for client, examples in batches:
+            if not any(example.trained for example in examples):
+                raise DataError(
+                    f"No token of the batch for {client.adapter.name!r} is trained: every loss weight is zero."
+                )
+        results = iter(
+            self.engine.forward_backward([Item(e, c.adapter.name) for c, examples in batches for e in examples])
+        )
+        losses = [_loss(examples, [next(results) for _ in examples]) for _, examples in batches]
+        for (client, _), loss in zip(batches, losses, strict=True):
+            client.weight += loss.weight
+        return losses
+
     def sampling_client(self, adapter: RowSpec = None) -> SamplingClient:
         """A client that samples from the base (None), an adapter, or a stack of adapters."""
         return SamplingClient(self, adapter)
 
 
 class TrainingClient:
-    """Trains one adapter: `forward_backward` accumulates, `optim_step` applies."""
+    """Trains one adapter: `forward_backward` accumulates, `optim_step` applies.
+
+    Attributes: `weight` is the total loss weight that the accumulated gradient stands for.
+    """
 
     def __init__(self, service: Service, adapter: Adapter, optimizer: AdamWConfig, steps: int) -> None:
         self.service = service
         self.adapter = adapter
         self.optimizer = AdapterOptimizer(adapter, optimizer, steps=steps)
-        self._weight = 0.0
+        self.weight = 0.0
 
     def forward_backward(self, examples: Sequence[Example]) -> Loss:
         """Add the gradient of `Σ w · −log p` over the examples. Raises DataError when no token of the batch is trained."""
-        if not any(example.trained for example in examples):
-            raise DataError("No token of this batch is trained: every loss weight is zero.")
-        results = self.service.engine.forward_backward([Item(e, self.adapter.name) for e in examples])
-        loss = _loss(examples, results)
-        self._weight += loss.weight
+        (loss,) = self.service.forward_backward([(self, examples)])
         return loss
 
     def forward(self, examples: Sequence[Example]) -> Loss:
@@ -102,11 +119,11 @@ class TrainingClient:
 
     def optim_step(self) -> Step:
         """One step on the gradient accumulated since the last one, divided by its total weight (a mean over trained tokens)."""
-        if not self._weight:
+        if not self.weight:
             raise MethodError("There is no gradient: call forward_backward before optim_step.")
         lr = self.optimizer.lr
-        norm = self.optimizer.step(scale=1.0 / self._weight)
-        self._weight = 0.0
+        norm = self.optimizer.step(scale=1.0 / self.weight)
+        self.weight = 0.0
         return Step(norm, lr)
 
     def sampling_client(self) -> SamplingClient:
@@ -131,7 +148,7 @@ class TrainingClient:
         self.adapter.flat.copy_(state["flat"])
         self.adapter.forwards = state["forwards"]
         self.adapter.zero_grad()
-        self._weight = 0.0
+        self.weight = 0.0
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
 

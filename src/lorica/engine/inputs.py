@@ -122,5 +122,5 @@ def leave(output: Any, width: int, tokens: int) -> Any:
 
 
 def _past_length(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # renamed in the course of transformers 5
     return 0 if cache is None else int(cache.get_seq_length())

@@ -6,6 +6,7 @@ the uninterrupted run bit for bit. Refuses to know terminals: progress goes to a
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -193,12 +194,17 @@ def _step(ready: Plan, number: int) -> dict[str, Any]:
     began = time.monotonic()
     batch = [ready.prepared.examples[i] for i in next(ready.sampler)]
     loss = ready.client.forward_backward(batch)
-    if not torch.isfinite(torch.tensor(loss.mean)):
+    if not math.isfinite(loss.mean):
         raise MethodError(
             f"The loss of step {number} is {loss.mean}; training cannot go on.",
             hint="Lower optimizer.lr, or look at the data.",
         )
     done = ready.client.optim_step()
+    if not math.isfinite(done.grad_norm):
+        raise MethodError(
+            f"The gradient of step {number} is not finite; the adapter is as before that step.",
+            hint="Lower optimizer.lr, or look at the data.",
+        )
     tokens, seconds = sum(map(len, batch)), time.monotonic() - began
     return {
         "step": number,

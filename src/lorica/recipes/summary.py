@@ -61,13 +61,12 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON."""
-        memory = None if self.memory is None else {**asdict(self.memory), "total": self.memory.total}
         return {
             "config": self.config,
             "data": self.data.to_dict(),
             "trained": {**asdict(self.trained), "share": self.trained.share},
             "steps": self.steps,
-            "memory": memory,
+            "memory": None if self.memory is None else asdict(self.memory),
         }
 
 
@@ -95,7 +94,7 @@ def what_is_trained(adapter: Adapter, backbone: Backbone) -> Trained:
 
 
 def summarise(ready: Plan, *, memory: bool = True, colour: bool = False) -> Summary:
-    """The summary of a plan; with `memory`, two small forward passes measure activations."""
+    """The summary of a plan; with `memory`, the largest micro-batch is rehearsed."""
     config = ready.config
     return Summary(
         config=config.model_dump(mode="json"),
@@ -103,5 +102,5 @@ def summarise(ready: Plan, *, memory: bool = True, colour: bool = False) -> Summ
         data=describe(ready.dataset, ready.renderer, ready.prepared, colour=colour),
         trained=what_is_trained(ready.client.adapter, ready.backbone),
         steps=ready.steps,
-        memory=estimate(ready.client, ready.prepared.examples, config.token_budget) if memory else None,
+        memory=estimate(ready.client, ready.prepared.examples, config.batch_size) if memory else None,
     )

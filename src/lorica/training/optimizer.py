@@ -6,6 +6,7 @@ Refuses to know losses, batches and other adapters.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from lorica.adapters.adapter import Adapter
 from lorica.core.config import Config
+from lorica.core.errors import ConfigError, did_you_mean
 
 ScheduleName = Literal["constant", "linear", "cosine"]
 
@@ -57,7 +59,13 @@ class AdapterOptimizer:
     def __init__(self, adapter: Adapter, config: AdamWConfig, *, steps: int = 1) -> None:
         self.adapter = adapter
         self.config = config
-        groups = []
+        groups, own = [], {group.name for group in adapter.layout.groups}
+        for name in config.group_lr:
+            if name not in own:
+                raise ConfigError(
+                    f"group_lr names {name!r}, but {adapter.method.name!r} has no parameter group {name!r}; "
+                    f"its groups are {', '.join(sorted(own))}.{did_you_mean(name, own)}"
+                )
         for group in adapter.optimizer_groups():
             decay = config.weight_decay if group["decay"] else 0.0
             factor = config.group_lr.get(group["name"], 1.0)
@@ -71,7 +79,10 @@ class AdapterOptimizer:
         return self.config.lr * float(self.schedule.lr_lambdas[0](self.schedule.last_epoch))
 
     def step(self, *, scale: float = 1.0) -> float:
-        """One step with the gradient times `scale`; the gradient is zeroed. Returns its norm before clipping, after scaling."""
+        """One step with the gradient times `scale`; the gradient is zeroed. Returns its norm before clipping, after scaling.
+
+        A gradient that is not finite moves neither the adapter nor the schedule; the norm that is returned tells.
+        """
         grad = self.adapter.collect_grad()
         if scale != 1.0:
             grad.mul_(scale)
@@ -80,13 +91,14 @@ class AdapterOptimizer:
             grad.mul_(self.config.clip / norm)
         if math.isfinite(norm):
             self.adamw.step()
-        self.schedule.step()
+            self.schedule.step()
         self.adapter.zero_grad()
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
+        """A copy of everything that continues the optimiser; later steps do not change it."""
+        return copy.deepcopy({"adamw": self.adamw.state_dict(), "schedule": self.schedule.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
+        self.adamw.load_state_dict(copy.deepcopy(state["adamw"]))  # torch would go on in the caller's tensors
         self.schedule.load_state_dict(state["schedule"])
