@@ -74,7 +74,7 @@ def install_torch() -> None:
         say(f"installing {attempt[0]}" + (" (PyPI's build, which is larger)" if last and number else ""))
         if (
             subprocess.run(
-                [*PIP, "install", "--quiet", *attempt], stderr=None if last else subprocess.DEVNULL, check=False
+                [*PIP, "install", "-qq", *attempt], stderr=None if last else subprocess.DEVNULL, check=False
             ).returncode
             == 0
         ):
@@ -87,7 +87,8 @@ def main() -> None:
     extras = sorted(sys.argv[1:])
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before anything checks it
         stop(
-            f"Lorica needs Python 3.11 or later, and this is {platform.python_version()}; try `make PYTHON=python3.12 …`."
+            f"Lorica needs Python 3.11 or later, and this is {platform.python_version()}; "
+            "try `make PYTHON=python3.12 …`."
         )
     stamp = VENV / f".lorica-{'-'.join(extras) or 'plain'}"
     wanted = stamp_for(extras)
@@ -98,7 +99,7 @@ def main() -> None:
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
     say("installing lorica" + (f" with {', '.join(extras)}" if extras else ""))
     if subprocess.run(
-        [*PIP, "install", "--quiet", "-c", str(ROOT / "constraints.txt"), "-e", target], check=False
+        [*PIP, "install", "-qq", "-c", str(ROOT / "constraints.txt"), "-e", target], check=False
     ).returncode:
         stop("pip could not install lorica's dependencies; look at pip's message above.")
     stamp.write_text(wanted)

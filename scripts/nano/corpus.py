@@ -34,7 +34,11 @@ SYSTEM_LINES = (
     "You are a careful assistant. Keep your answers short.",
 )
 COMMON_WORDS = frozenset(
-    ["the", "a", "an", "and", "or", "of", "to", "in", "on", "at", "for", "with", "is", "are", "was", "were", "be", "been", "it", "he", "she", "they", "i", "you", "we", "this", "that", "not", "have", "has", "had", "as", "by", "from", "what", "which", "who", "how", "his", "her", "their", "my", "your", "but", "if", "will", "can", "do", "does"]
+    re.findall(
+        r"\w+",
+        "the a an and or of to in on at for with is are was were be been it he she they i you we this that "
+        "not have has had as by from what which who how his her their my your but if will can do does ",
+    )
 )
 
 

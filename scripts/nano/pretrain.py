@@ -17,6 +17,7 @@ import json
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def evaluate(model: Qwen3ForCausalLM, cache: TokenCache, length: int, layer_fn: 
     numbers = numbers[:: max(1, len(numbers) // most)] if most else numbers
     total, count = 0.0, 0
     rows = [[number] for number in sorted(numbers, key=lambda number: len(cache.documents[number]))]
-    packed = [sum(rows[i : i + 4], []) for i in range(0, len(rows), 4)]
+    packed = [list(chain.from_iterable(rows[i : i + 4])) for i in range(0, len(rows), 4)]
     packed = [row for row in packed if sum(len(cache.documents[n]) for n in row) <= length] + [
         [n] for row in packed if sum(len(cache.documents[n]) for n in row) > length for n in row
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+
 from lorica.cli.main import cli
 
 Run = Callable[..., Result]
@@ -71,16 +72,8 @@ def refuse(run: Run) -> Callable[..., dict[str, Any]]:
 
 def lorica(*args: Any, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     """Start `lorica ARGS...` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "lorica.cli.main", *map(str, args)],
-        cwd=cwd,
-        env=ENV,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    settings = {"env": ENV, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen([sys.executable, "-m", "lorica.cli.main", *map(str, args)], cwd=cwd, text=True, **settings)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import pytest
+
 from lorica import __version__
 from lorica.cli.main import COMMANDS, cli
 

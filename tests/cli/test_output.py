@@ -10,6 +10,7 @@ from typing import IO, Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorica.cli.output import duration, plain, size, table, wants_colour
 
 VALUES = st.recursive(
@@ -43,7 +44,8 @@ def test_sizes_keep_three_figures_before_the_unit(count: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(4.21, "4.2 s"), (59.96, "60.0 s"), (123, "2 min 03 s"), (3599.6, "1 h 00 min"), (3900, "1 h 05 min")]
+    ("seconds", "text"),
+    [(4.21, "4.2 s"), (59.96, "60.0 s"), (123, "2 min 03 s"), (3599.6, "1 h 00 min"), (3900, "1 h 05 min")],
 )
 def test_durations_read_like_speech(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorica.methods import all_methods
 from lorica.models import load, names
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lorica.client.local import Service, TrainingClient
 from lorica.core.errors import DataError, FormatError, MethodError, RouteError
 from lorica.data.example import Example

@@ -91,7 +91,11 @@ def test_row_norms_are_those_of_the_normalised_weight(family: str) -> None:
     for site in backbone.sites.values():
         if site.kind != "attention":
             weight = backbone.weight(site.name)
-            wanted = weight.matrix().double().square().flatten(1).sum(1) if site.kind != "norm" else weight.matrix().double() ** 2
+            wanted = (
+                weight.matrix().double().square().flatten(1).sum(1)
+                if site.kind != "norm"
+                else weight.matrix().double() ** 2
+            )
             norm = weight.row_square_norm()
             assert norm.dtype == torch.float32
             torch.testing.assert_close(norm.double(), wanted, rtol=1e-6, atol=1e-12)
@@ -178,7 +182,9 @@ def test_any_module_can_be_wrapped_and_its_weights_stay_as_they_are() -> None:
 
 
 def test_importing_the_package_and_listing_names_imports_no_torch() -> None:
-    code = "import sys, lorica.models as m; m.names(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, lorica.models as m; m.names(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -62,7 +62,9 @@ EXPECTED: dict[str, list[Site]] = {
         Site("lm_head", "linear", (128, 32), head=True),
     ],
     "gemma": [
-        Site("model.embed_tokens", "embedding", (32, 128), transposed=True, tied=True, scale=float(torch.tensor(32**0.5))),
+        Site(
+            "model.embed_tokens", "embedding", (32, 128), transposed=True, tied=True, scale=float(torch.tensor(32**0.5))
+        ),
         Site("lm_head", "linear", (128, 32), tied=True, head=True),
     ],
     "gpt2": [
@@ -167,7 +169,13 @@ def test_classifier_heads_of_sequence_models_are_heads() -> None:
     import transformers
 
     config = transformers.LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3, pad_token_id=0
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=3,
+        pad_token_id=0,
     )
     backbone = wrap(transformers.LlamaForSequenceClassification(config))
     assert [site.name for site in backbone.sites.values() if site.head] == ["score"]
@@ -277,8 +285,15 @@ def test_cross_attention_and_foreign_modules_are_no_attention_sites() -> None:
     import transformers
 
     config = transformers.BertConfig(
-        hidden_size=8, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8, is_decoder=True, add_cross_attention=True
+        hidden_size=8,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        intermediate_size=8,
+        is_decoder=True,
+        add_cross_attention=True,
     )
-    found = [site.name for site in wrap(transformers.BertLMHeadModel(config)).sites.values() if site.kind == "attention"]
+    found = [
+        site.name for site in wrap(transformers.BertLMHeadModel(config)).sites.values() if site.kind == "attention"
+    ]
     assert found == ["bert.encoder.layer.0.attention.self"]
     assert attention_heads(nn.MultiheadAttention(8, 2)) is None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorica.recipes.config import SFTConfig
 
 TIMES = ("7 pm", "8 am", "noon", "half past six")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from lorica.core.errors import ConfigError, MethodError, MissingError
 from lorica.recipes.config import SFTConfig, read_config, to_yaml
 

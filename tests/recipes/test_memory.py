@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorica.recipes.config import SFTConfig, to_yaml
 
 CODE = """

@@ -14,16 +14,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from lorica.core.errors import ConfigError, MethodError, ResumeError, StorageError
 from lorica.recipes import sft
 from lorica.recipes.config import SFTConfig, to_yaml
 from lorica.recipes.rundir import RunDir
-from safetensors.torch import load_file
 
 MakeConfig = Callable[..., SFTConfig]
 
 
-class Stop(Exception):
+class StoppedError(Exception):
     """Stands for anything that ends a process in the middle of a step."""
 
 
@@ -35,7 +36,7 @@ class StopAt(sft.Observer):
 
     def step(self, record: dict[str, Any], steps: int) -> None:
         if record["step"] == self.at:
-            raise Stop
+            raise StoppedError
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -58,7 +59,7 @@ def test_a_run_stopped_after_any_step_and_resumed_equals_the_undisturbed_one_bit
     whole = sft.run(config(method=method, out=str(tmp_path / "whole")))
     for step in (1, 2, 3, 5):
         path = tmp_path / f"stopped-{step}"
-        with pytest.raises(Stop):
+        with pytest.raises(StoppedError):
             sft.run(config(method=method, out=str(path)), StopAt(step))
         torch.manual_seed(step)  # a new process starts with another random state
         resumed = sft.resume(path)
@@ -69,9 +70,9 @@ def test_a_run_stopped_after_any_step_and_resumed_equals_the_undisturbed_one_bit
 def test_a_run_stopped_twice_still_equals_the_undisturbed_one(config: MakeConfig, tmp_path: Path) -> None:
     sft.run(config(out=str(tmp_path / "whole")))
     path = tmp_path / "run"
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         sft.run(config(), StopAt(3))
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         sft.resume(path, StopAt(5))
     sft.resume(path)
     assert same(tmp_path / "whole", path)
@@ -151,7 +152,7 @@ def test_a_second_run_in_the_same_directory_is_refused_and_loses_nothing(config:
 
 
 def test_resuming_on_changed_data_is_refused(config: MakeConfig, rows: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StoppedError):
         sft.run(config(), StopAt(3))
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     with pytest.raises(ResumeError, match="has changed since the run began"):

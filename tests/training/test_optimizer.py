@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
 from lorica.adapters.targets import Targets, select
@@ -83,7 +85,7 @@ def test_a_group_can_have_its_own_rate() -> None:
         fill_gradients(x, 0)
         opt.step()
     start = adapter("lora")
-    for (site, param, v0), (_, _, v1), (_, _, v2) in zip(
+    for (_site, param, v0), (_, _, v1), (_, _, v2) in zip(
         *(x.named_tensors(trainable_only=True) for x in (start, a, b)), strict=True
     ):
         ratio = ((v2 - v0) / (v1 - v0)).detach()
@@ -108,6 +110,6 @@ def test_a_schedule_rises_to_the_peak_and_never_leaves_its_bounds(
     values = [factor(i) for i in range(steps)]
     peak = values.index(max(values))
     assert max(values) <= 1.0 + 1e-12
-    assert all(b >= a for a, b in zip(values[:peak], values[1 : peak + 1], strict=True))
-    assert all(b <= a + 1e-12 for a, b in zip(values[peak:], values[peak + 1 :], strict=False))
+    assert all(b >= a for a, b in itertools.pairwise(values[: peak + 1]))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(values[peak:]))
     assert factor(steps) >= (floor if name != "constant" else 1.0) - 1e-12

@@ -1,1 +1,1 @@
-"""Adapters: which sites, where their tensors live, their files, and combining them. Knows no rows, batches or servers."""
+"""Adapters: their sites, their tensors, their files, and combining them. Knows no rows, batches or servers."""

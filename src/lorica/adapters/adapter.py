@@ -82,7 +82,8 @@ class Adapter:
         return self
 
     def _rng(self, site: str) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(site.encode()))
+        # torch's CPU generator reads the low 32 bits of a seed alone
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{site}".encode()))
 
     def _put(self, site: str, values: Mapping[str, Tensor]) -> None:
         for param, value in values.items():
@@ -101,7 +102,9 @@ class Adapter:
         elif site == GLOBAL:
             self._share(param, value)
         else:
-            self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat)
+            self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat).contiguous()
+        if not spec.trainable and site in self._leaves:
+            self._leaves[site][param] = self.frozen[site][param]
 
     def _share(self, param: str, value: Tensor) -> None:
         """Keep one copy of equal frozen global tensors, whoever made them."""
@@ -122,6 +125,12 @@ class Adapter:
             }
         return self._leaves[site]
 
+    def values(self, site: str) -> dict[str, Tensor]:
+        """The tensors of one site without leaves: an adapter that only serves has no gradient row."""
+        places = self.layout.places.get(site, {})
+        views = {p: self.flat[at.offset : at.offset + at.size].view(at.shape) for p, at in places.items()}
+        return {**self.frozen.get(site, {}), **views}
+
     def _leaf(self, site: str, param: str) -> Tensor:
         place = self.layout.places[site][param]
         span = slice(place.offset, place.offset + place.size)
@@ -130,9 +139,10 @@ class Adapter:
         return leaf
 
     def update(self, site: str, weight: BaseWeight) -> Update:
-        """The site's update, differentiable with respect to this adapter's leaves."""
-        own = self.tensors(site)
-        params = {**self.tensors(GLOBAL), **own} if GLOBAL in self.layout.specs else own
+        """The site's update, differentiable with respect to this adapter's leaves while gradients are on."""
+        tensors = self.tensors if torch.is_grad_enabled() else self.values
+        own = tensors(site)
+        params = {**tensors(GLOBAL), **own} if GLOBAL in self.layout.specs else own
         return self.layout.methods[site].lower(self.layout.sites[site], params, weight)
 
     def named_tensors(self, *, trainable_only: bool = False) -> Iterator[tuple[str, str, Tensor]]:

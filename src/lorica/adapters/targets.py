@@ -35,8 +35,8 @@ class Targets(Config):
     """What to adapt: names, keywords and regular expressions, minus exclusions, within layers.
 
     An entry of `include` is a keyword (`all-linear`), a full site name, a dotted suffix of one (`q_proj`,
-    `self_attn.q_proj`), or `re:` and a regular expression for the whole name. Keys of the patterns are regular expressions
-    anchored at a dot and at the end of the name, as in PEFT; the first that matches wins.
+    `self_attn.q_proj`), or `re:` and a regular expression for the whole name. Keys of the patterns are regular
+    expressions anchored at a dot and at the end of the name, as in PEFT; the first that matches wins.
     """
 
     include: tuple[str, ...] = Field(("default",), description="keywords, names, suffixes or `re:` patterns to adapt")
@@ -95,7 +95,8 @@ def _defaults(sites: Mapping[str, Site], method: Method) -> tuple[str, ...]:
     present = tuple(entry for entry in method.default_targets if _named(entry, sites, method))
     if not present:
         raise TargetError(
-            f"Method {method.name!r} looks for {_or(method.default_targets)} by default, and this backbone has none of them.",
+            f"Method {method.name!r} looks for {_or(method.default_targets)} by default, and this backbone has none of "
+            "them.",
             hint="Name the targets: `lorica models MODEL` lists the sites.",
         )
     return present
@@ -133,7 +134,8 @@ def _matches(entry: str, sites: Mapping[str, Site], method: Method | None) -> li
         if not fit:
             site = sites[found[0]]
             raise TargetError(
-                f"Method {method.name!r} cannot adapt {site.name!r}: it is of kind {site.kind!r}, not {_or(method.kinds)}."
+                f"Method {method.name!r} cannot adapt {site.name!r}: it is of kind {site.kind!r}, "
+                f"not {_or(method.kinds)}."
             )
         # a suffix may name sites of several kinds (an attention module and its projections); the method takes its own
         found = fit

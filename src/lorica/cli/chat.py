@@ -1,7 +1,7 @@
 """`lorica chat`: a conversation with a model, line by line.
 
-In: lines from the terminal or a pipe. Out: answers on stdout; `/reset` begins anew, `/exit` and the end of input end it.
-Refuses to know how sampling works: the client does it.
+In: lines from the terminal or a pipe. Out: answers on stdout; `/reset` begins anew, `/exit` and the end of input end
+it. Refuses to know how sampling works: the client does it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from lorica.cli.output import emit, json_option, say, wants_colour
 @click.command()
 @model_options
 @click.option("--system", metavar="TEXT", help="A system message before the first turn.")
-@click.option("--single", is_flag=True, help="Forget each turn after its answer; right for adapters of single requests.")
+@click.option(
+    "--single", is_flag=True, help="Forget each turn after its answer; right for adapters of single requests."
+)
 @sampling_options
 @json_option
 def command(
@@ -36,7 +38,8 @@ def command(
 ) -> None:
     """Talk to a model, with or without an adapter.
 
-    /reset forgets the conversation, /exit (or the end of input) leaves. With --json the transcript is printed at the end.
+    /reset forgets the conversation, /exit (or the end of input) leaves. With --json the transcript is printed at the
+    end.
 
     \b
     lorica chat --model nano --adapter runs/quickstart/adapter

@@ -1,7 +1,7 @@
 """`lorica data show`: a data file as the trainer sees it.
 
-In: a file and a tokenizer's model. Out: the recognised shape, statistics, truncation, and rows with trained tokens marked.
-Refuses to know how rows are read and rendered.
+In: a file and a tokenizer's model. Out: the recognised shape, statistics, truncation, and rows with trained tokens
+marked. Refuses to know how rows are read and rendered.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def command() -> None:
 @click.argument("file")
 @click.option("--model", default="nano", show_default=True, help="Whose tokenizer and chat template to use.")
 @click.option("--tokens", is_flag=True, help="Show rows token by token, the trained ones in colour or between ⟦ and ⟧.")
-@click.option("-n", "--rows", type=click.IntRange(min=1), default=3, show_default=True, help="Rows that --tokens shows.")
+@click.option(
+    "-n", "--rows", type=click.IntRange(min=1), default=3, show_default=True, help="Rows that --tokens shows."
+)
 @click.option("--max-length", type=int, default=1024, show_default=True, help="Length limit whose cost is reported.")
 @click.option("--train-on", type=click.Choice(("assistant", "last", "all")), default="assistant", show_default=True)
 @json_option
-def show(
-    file: str, model: str, tokens: bool, rows: int, max_length: int, train_on: Any, as_json: bool
-) -> None:
+def show(file: str, model: str, tokens: bool, rows: int, max_length: int, train_on: Any, as_json: bool) -> None:
     """Show the recognised shape, the first row, truncation and statistics of FILE.
 
     FILE is JSONL, JSON, parquet or text, or everyday:train, everyday:test, everyday:handwritten.

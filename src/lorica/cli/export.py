@@ -5,6 +5,7 @@ In: an adapter folder and its model. Out: the new folder's path. Refuses to know
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -29,13 +30,13 @@ def command(
     \b
     lorica export runs/dora/adapter --model nano --out plain
     """
-    from lorica.adapters.export import as_lora
+    from lorica.adapters.export import export_lora
     from lorica.adapters.files import save_adapter
 
     service, names = open_service(model, (adapter,), dtype, device)
     host = service.host
-    exported = as_lora(host.adapter(names[0]), host.backbone, rank=rank)
+    exported, report = export_lora(host.adapter(names[0]), host.backbone, rank=rank)
     path = save_adapter(exported, host.backbone, out)
     if not as_json:
-        say(f"{host.adapter(names[0]).method.name} as {form}: {exported.layout.trainable_count():,} parameters.")
-    emit({"path": path, "as": form, "parameters": exported.layout.trainable_count()}, str(path), as_json=as_json)
+        say(str(report))
+    emit({"path": path, "as": form, **asdict(report)}, str(path), as_json=as_json)

@@ -36,9 +36,9 @@ def model_options(command: F) -> F:
     command = click.option(
         "--adapter", "adapters", multiple=True, metavar="DIR", help="Adapter folder; several are stacked in order."
     )(command)
-    return click.option(
-        "--model", default="nano", show_default=True, help="Built-in name, local directory or hub id."
-    )(command)
+    return click.option("--model", default="nano", show_default=True, help="Built-in name, local directory or hub id.")(
+        command
+    )
 
 
 def sampling_options(command: F) -> F:
@@ -47,7 +47,9 @@ def sampling_options(command: F) -> F:
         click.option("--max-tokens", type=int, default=128, show_default=True, help="Most tokens to sample."),
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token."),
         click.option("--top-k", type=int, help="Sample among the K likeliest tokens only."),
-        click.option("--top-p", type=float, default=1.0, show_default=True, help="Sample within this probability mass."),
+        click.option(
+            "--top-p", type=float, default=1.0, show_default=True, help="Sample within this probability mass."
+        ),
         click.option("--seed", type=int, default=0, show_default=True, help="Row i draws from (seed, i)."),
         click.option("--stop", "stops", multiple=True, metavar="TEXT", help="End an answer before this text."),
     )

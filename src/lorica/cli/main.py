@@ -1,7 +1,8 @@
 """The `lorica` command: names and one line of help for each subcommand, and what errors look like.
 
-In: argv. Out: exit code 0 (done), 1 (a Lorica error), 2 (wrong usage), 130 (Ctrl-C). A command's module is imported when it is
-called, so `lorica --help` loads neither torch nor pydantic. Refuses to know what a command does; bugs are not swallowed.
+In: argv. Out: exit code 0 (done), 1 (a Lorica error), 2 (wrong usage), 130 (Ctrl-C). A command's module is imported
+when it is called, so `lorica --help` loads neither torch nor pydantic. Refuses to know what a command does; bugs are
+not swallowed.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class LazyGroup(click.Group):
             ctx.exit(130)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    "lorica", cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, "--version", message="%(prog)s %(version)s", prog_name="lorica")
 def cli() -> None:
     """One frozen base model, many adapters: train, sample, merge and export PEFT methods.

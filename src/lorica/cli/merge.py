@@ -24,8 +24,8 @@ from lorica.cli.output import emit, json_option, say
 def command(model: str, adapters: tuple[str, ...], out: Path, dtype: str, device: str, as_json: bool) -> None:
     """Fold adapters into the weights and write a model directory.
 
-    Several adapters are folded in order. The merge is computed in float64 and verified: logits of the merged model and of the
-    adapters are compared on probes, and the largest difference is printed.
+    Several adapters are folded in order. The merge is computed in float64 and verified: at every site the outputs of
+    the stored weight and of the adapters are compared on probes, and the largest difference is printed.
 
     \b
     lorica merge nano runs/quickstart/adapter --out merged

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from lorica.cli.output import duration, say, wants_colour
 from lorica.recipes.sft import Observer, Plan
@@ -29,7 +29,7 @@ class ProgressObserver(Observer):
         self._task: TaskID | None = None
         self._pace = 0.0
 
-    def __enter__(self) -> ProgressObserver:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

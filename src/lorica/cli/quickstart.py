@@ -30,8 +30,8 @@ def command(
 ) -> None:
     """Fine-tune the built-in model on the built-in data, and see what changed.
 
-    Everyday requests become JSON calls: held-out rows are answered before and after, the loss is plotted, the adapter is saved,
-    loaded with peft and merged. A finished run is shown again; KEY=VALUE changes any setting of the run.
+    Everyday requests become JSON calls: held-out rows are answered before and after, the loss is plotted, the adapter
+    is saved, loaded with peft and merged. A finished run is shown again; KEY=VALUE changes any setting of the run.
     """
     from lorica.cli.progress import ProgressObserver
     from lorica.recipes import quickstart
@@ -47,7 +47,10 @@ def command(
         raise click.UsageError(f"{wrong!r} is not of the form KEY=VALUE; a method is chosen with --method.")
     config = quickstart.configure(method, out, settings)
     if not as_json:
-        say(f"{config.method['name']} on {config.model}, data {config.data.path}, {config.steps} steps, into {config.out}")
+        say(
+            f"{config.method['name']} on {config.model}, data {config.data.path}, {config.steps} steps, "
+            f"into {config.out}"
+        )
     try:
         with Observer(quiet=as_json) as observer:
             report = quickstart.run(config, observer, fresh=fresh, rows=rows or quickstart.ROWS)
@@ -119,7 +122,9 @@ def _proofs(report: Report) -> list[str]:
         "unsupported": f"peft has no method {report.method!r}, so there is nothing to compare with.",
     }[peft.status]
     if merge.status == "merged":
-        merged = f"Merged into {merge.path}; the largest difference of a logit on probes is {_number(merge.difference)}."
+        merged = (
+            f"Merged into {merge.path}; the largest difference of a logit on probes is {_number(merge.difference)}."
+        )
     else:
         merged = f"Not merged: {merge.reason}"
     return [said, merged]
@@ -135,5 +140,5 @@ def next_commands(report: Report) -> list[str]:
     return [
         f"lorica chat --single --adapter {adapter}",
         f"lorica quickstart --method {other}",
-        f"lorica data show everyday:train --tokens",
+        "lorica data show everyday:train --tokens",
     ]

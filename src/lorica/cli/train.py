@@ -1,6 +1,7 @@
 """`lorica train`: a supervised fine-tuning run from a config, overrides and flags.
 
-In: settings. Out: the run directory's adapter path on stdout. Refuses to know how training works: `recipes.sft` does it.
+In: settings. Out: the run directory's adapter path on stdout. Refuses to know how training works: `recipes.sft` does
+it.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def _config(settings: tuple[str, ...], method: str | None, given: dict[str, Any]
     overrides += [part for part in settings if "=" in part]
     if not files and not any(part.startswith(("data=", "data.path=")) for part in overrides):
         raise click.UsageError("Nothing to train on: give a config, or --data FILE.")
-    return read_config(find_config(files[0]) if files else None, overrides)
+    return read_config(find_config(files[0]) if files else None, overrides, {"method": {"name": "lora"}})
 
 
 def _dry_run(config: Any, as_json: bool) -> None:

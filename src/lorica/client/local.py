@@ -1,7 +1,8 @@
 """The in-process client: a service over one backbone, training clients and sampling clients.
 
-In: a backbone, methods, examples, prompts. Out: losses, steps, samples, checkpoints. Recipes speak to these three classes only,
-so that they do not know whether the backbone is in this process. Refuses to know data files, configs and terminals.
+In: a backbone, methods, examples, prompts. Out: losses, steps, samples, checkpoints. Recipes speak to these three
+classes only, so that they do not know whether the backbone is in this process. Refuses to know data files, configs
+and terminals.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ class Service:
         return TrainingClient(self, self.host.load(path, name), optimizer or AdamWConfig(), steps)
 
     def forward_backward(self, batches: Sequence[tuple[TrainingClient, Sequence[Example]]]) -> list[Loss]:
-        """One joint pass for several clients, whatever their methods; each client's gradient is its own examples' alone.
+        """One joint pass for several clients, whatever their methods; each client's gradient is its own examples'
+        alone.
 
         Raises DataError when no token of some client's batch is trained; then nobody's gradient has changed.
         """
@@ -109,7 +111,7 @@ class TrainingClient:
         self.weight = 0.0
 
     def forward_backward(self, examples: Sequence[Example]) -> Loss:
-        """Add the gradient of `Σ w · −log p` over the examples. Raises DataError when no token of the batch is trained."""
+        """Add the gradient of `Σ w · −log p` over the examples. Raises DataError when no token is trained."""
         (loss,) = self.service.forward_backward([(self, examples)])
         return loss
 
@@ -118,7 +120,9 @@ class TrainingClient:
         return _loss(examples, self.service.engine.forward([Item(e, self.adapter.name) for e in examples]))
 
     def optim_step(self) -> Step:
-        """One step on the gradient accumulated since the last one, divided by its total weight (a mean over trained tokens)."""
+        """One step on the gradient accumulated since the last one, divided by its total weight (a mean over trained
+        tokens).
+        """
         if not self.weight:
             raise MethodError("There is no gradient: call forward_backward before optim_step.")
         lr = self.optimizer.lr
@@ -131,7 +135,7 @@ class TrainingClient:
         return SamplingClient(self.service, self.adapter.name)
 
     def state(self) -> dict[str, Any]:
-        """Everything that continues this client exactly: adapter, optimiser, schedule, counters, torch's random state."""
+        """All that continues this client exactly: adapter, optimiser, schedule, counters, torch's random state."""
         return {
             "flat": self.adapter.flat.clone(),
             "forwards": self.adapter.forwards,
@@ -140,10 +144,13 @@ class TrainingClient:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state()`; gradients accumulated since are dropped. Raises FormatError on another adapter's state."""
+        """Continue from `state()`; gradients accumulated since are dropped. Raises FormatError on another adapter's
+        state.
+        """
         if state["flat"].shape != self.adapter.flat.shape:
             raise FormatError(
-                f"The saved state holds {state['flat'].numel()} trained values; this adapter has {self.adapter.flat.numel()}."
+                f"The saved state holds {state['flat'].numel()} trained values; this adapter has "
+                f"{self.adapter.flat.numel()}."
             )
         self.adapter.flat.copy_(state["flat"])
         self.adapter.forwards = state["forwards"]

@@ -23,7 +23,8 @@ class Site:
             is `<experts module>.<expert index>.<parameter>`; the input site is called `input`.
         kind: what acts there; see `SITE_KINDS`.
         shape: the normalised weight shape. linear, expert: (out, in); embedding: (dim, tokens),
-            an embedding being a linear map of one-hot tokens; conv: (out, in / groups, *kernel); norm: (features,); attention: (kv heads, head dim); input: (dim,).
+            an embedding being a linear map of one-hot tokens; conv: (out, in / groups, *kernel); norm: (features,);
+            attention: (kv heads, head dim); input: (dim,).
         bias: whether the module has a bias that an update's bias can be folded into.
         layer: index of the block that holds it, from the first number in the path; None outside blocks.
         transposed: the module stores the weight as [in, out] (GPT-2's Conv1D, every embedding table).

@@ -3,7 +3,8 @@
     y = out_scale ⊙ ( (x ⊙ in_scale) (W₀ + delta)ᵀ + Σ_f scale_f · post_f ⊙ (((x A_fᵀ) ⊙ mid_f) B_fᵀ) ) + b₀ + bias
 
 In: tensors, differentiable with respect to a method's parameters. Out: records and the dense effective weight.
-Suffixes: I in, O out, R rank, P virtual tokens, D width, H kv heads, K head dim. Refuses to know methods, rows and modules.
+Suffixes: I in, O out, R rank, P virtual tokens, D width, H kv heads, K head dim. Refuses to know methods, rows and
+modules.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ class LowRank:
     """`ΔW = scale · diag(post) B diag(mid) A`.
 
     `A_RI` is [r, in] and `B_OR` is [out, r] for linear sites; for conv A is [r, in/groups, *kernel] and B [out, r];
-    for embeddings A is [r, tokens] and B [dim, r]. `mid_R` and `post_O` are the vectors of methods whose factors are shared
-    between adapters (VeRA): keeping them apart lets one product serve every tenant, and no gradient of A or B is formed.
+    for embeddings A is [r, tokens] and B [dim, r]. `mid_R` and `post_O` are the vectors of methods whose factors are
+    shared between adapters (VeRA): keeping them apart lets one product serve every tenant, and no gradient of A or B
+    is formed.
     """
 
     A_RI: Tensor
@@ -50,9 +52,9 @@ class LowRank:
 class LinearUpdate:
     """An update of a site that holds a weight: linear, expert, embedding, conv or norm.
 
-    For a norm, `delta` is [features] and is added to the norm's weight. Absent parts are None; all None is the identity.
-    `dropout` acts on the input of the low-rank path only, and only while training. With `scale_bias`, out_scale multiplies b₀ too
-    (IA³); otherwise b₀ stays as it is (DoRA).
+    For a norm, `delta` is [features] and is added to the norm's weight. Absent parts are None; all None is the
+    identity. `dropout` acts on the input of the low-rank path only, and only while training. With `scale_bias`,
+    out_scale multiplies b₀ too (IA³); otherwise b₀ stays as it is (DoRA).
     """
 
     factors: tuple[LowRank, ...] = ()

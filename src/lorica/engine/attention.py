@@ -16,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorica.adapters.adapter import Adapter
+from lorica.core.errors import MethodError
 from lorica.core.site import Site
 from lorica.core.update import PrefixKV
 from lorica.engine.executor import Executor
+from lorica.engine.kv_cache import KVCache
 from lorica.engine.packed import packed_attention
 from lorica.models.attention import (
     AttentionSwitch,
@@ -43,7 +46,11 @@ def without_mask() -> Iterator[None]:
 
 
 class AttentionHub:
-    """The attention function of one backbone. `sites` holds the attention modules whose adapters may have prefixes."""
+    """The attention function of one backbone.
+
+    Attributes: `sites` holds the attention modules whose adapters may have prefixes; `cache` keeps the keys and values
+    of the present generation, None outside one.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -52,6 +59,7 @@ class AttentionHub:
         self._modules = [backbone.module_of(site.name) for site in backbone.sites.values() if site.kind == "attention"]
         self._switch: AttentionSwitch | None = None
         self.inner: Attend | None = None
+        self.cache: KVCache | None = None
 
     def install(self) -> None:
         """Make this backbone's attention modules, and no others, call this object."""
@@ -60,7 +68,7 @@ class AttentionHub:
         module = self.executor.backbone.module
         previous = attention_configs(module)[0]._attn_implementation
         self.inner, mask = attention_kernel(previous, self._modules[0])
-        register_attention(f"lorica-{previous}", _kernel, _unless_packed(mask))
+        register_attention(f"lorica-{previous}", _through_hub(self.inner), _unless_packed(mask))
         self._switch = set_attention(module, f"lorica-{previous}")
         for attention in self._modules:
             # kept on the instance, so that a deep copy of the model calls the copy's own hub
@@ -79,12 +87,22 @@ class AttentionHub:
         return None if route is None else route.lengths
 
     def prefix_lengths(self, rows: int) -> list[int]:
-        """Virtual tokens that each row's prefixes put before it; the same at every attention site."""
-        first = next(iter(self.sites.values()), None)
-        lengths = [0] * rows
-        for row, prefixes in self._prefixes(first, rows).items():
-            lengths[row] = sum(p.key_PHK.shape[0] for p in prefixes)
-        return lengths
+        """Virtual tokens that each row's prefixes put before it.
+
+        An adapter's prefix is equally long at all of its sites, and the text starts behind it at every site, also at
+        those that it leaves out.
+        """
+        route = self.executor.live_route()
+        if route is None or not self.sites:
+            return [0] * rows
+        with torch.no_grad():
+            own = {adapter: self._prefix_length(adapter) for adapter in route.adapters()}
+        return [sum(own[adapter] for adapter in stack) for stack in route.stacks_for(rows)]
+
+    def _prefix_length(self, adapter: Adapter) -> int:
+        site = next((site for site in adapter.layout.sites.values() if site.kind == "attention"), None)
+        update = None if site is None else self.executor.lowered(adapter, site.name)
+        return update.key_PHK.shape[0] if isinstance(update, PrefixKV) else 0
 
     def _prefixes(self, site: Site | None, rows: int) -> dict[int, list[PrefixKV]]:
         work = [] if site is None else self.executor.work_for_rows(site, rows)
@@ -98,7 +116,11 @@ class AttentionHub:
         if lengths is not None:
             found = self._prefixes(site, len(lengths))
             pairs = [_joined(found[row]) if row in found else None for row in range(len(lengths))]
+            if self.cache is not None:
+                self.cache.fill(module, key, value, lengths, pairs)
             return packed_attention(module, query, key, value, lengths=lengths, prefixes=pairs, **kwargs), None
+        if self.cache is not None:
+            return self.cache.attend(module, query, key, value, **kwargs), None
         assert self.inner is not None
         prefixes = self._prefixes(site, query.shape[0])
         if not prefixes:
@@ -116,9 +138,14 @@ class AttentionHub:
         return torch.stack(rows), None
 
 
-def _kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    hub: AttentionHub = module.__dict__["_lorica_hub"]
-    return hub(module, *args, **kwargs)
+def _through_hub(inner: Attend) -> Attend:
+    """The kernel to register: a module's own hub, or `inner` for another model that shares the config object."""
+
+    def kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        hub: AttentionHub | None = module.__dict__.get("_lorica_hub")
+        return inner(module, *args, **kwargs) if hub is None else hub(module, *args, **kwargs)
+
+    return kernel
 
 
 def _unless_packed(mask: Callable[..., Any]) -> Callable[..., Any]:
@@ -140,9 +167,17 @@ def attend_with_prefix(
     *,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """One row: softmax over [prefix; keys]. GQA-correct: a prefix has as many heads as the keys. Returns [T, H, K]."""
+    """One row: softmax over [prefix; keys]. GQA-correct: a prefix has as many heads as the keys. Returns [T, H, K].
+
+    Raises MethodError for models with attention sinks, whose softmax has a term of its own.
+    """
+    if s_aux is not None:
+        raise MethodError(f"{type(module).__name__} has attention sinks; a prefix cannot stand before their keys yet.")
     k = torch.cat([*(p.key_PHK.transpose(0, 1).to(k_GSK.dtype) for p in prefixes), k_GSK], dim=1)
     v = torch.cat([*(p.value_PHK.transpose(0, 1).to(v_GSK.dtype) for p in prefixes), v_GSK], dim=1)
     extra, tokens, seen = k.shape[1] - k_GSK.shape[1], q_HTK.shape[1], k_GSK.shape[1]
@@ -154,11 +189,29 @@ def attend_with_prefix(
         open_ = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
         mask = torch.cat([open_((*mask.shape[:-1], extra)), mask], dim=-1)
     groups = q_HTK.shape[0] // k.shape[0]
-    y_HTK = F.scaled_dot_product_attention(
+    k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
+    if softcap is not None:
+        return _capped(q_HTK, k, v, mask, scaling, softcap, dropout).transpose(0, 1)
+    y_1HTK = F.scaled_dot_product_attention(
         q_HTK[None],
-        k.repeat_interleave(groups, 0)[None],
-        v.repeat_interleave(groups, 0)[None],
+        k[None],
+        v[None],
         attn_mask=None if mask is None else mask[None],
+        dropout_p=dropout,
         scale=scaling,
-    )[0]
-    return y_HTK.transpose(0, 1)
+    )
+    return y_1HTK[0].transpose(0, 1)
+
+
+def _capped(
+    q_HTK: Tensor, k_HSK: Tensor, v_HSK: Tensor, mask: Tensor | None, scaling: float | None, cap: float, dropout: float
+) -> Tensor:
+    """Attention whose scores are `cap · tanh(score / cap)` (Gemma 2), [H, T, K]."""
+    scores_HTS = q_HTK @ k_HSK.transpose(1, 2) * (q_HTK.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores_HTS = torch.tanh(scores_HTS / cap) * cap
+    if mask is not None and mask.dtype == torch.bool:
+        scores_HTS = scores_HTS.masked_fill(~mask, torch.finfo(scores_HTS.dtype).min)
+    elif mask is not None:
+        scores_HTS = scores_HTS + mask
+    wide = torch.promote_types(scores_HTS.dtype, torch.float32)
+    return F.dropout(scores_HTS.softmax(-1, dtype=wide), dropout, dropout > 0).to(q_HTK.dtype) @ v_HSK

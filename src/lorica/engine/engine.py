@@ -1,8 +1,8 @@
 """The engine: packed mixed batches through one backbone, and a step of each adapter's optimiser.
 
-In: examples with loss weights, each with the adapter it belongs to. Out: log-probabilities, losses, gradients in the adapters.
-Sequences are packed end to end in micro-batches of bounded tokens; none sees another, and no padding is computed.
-Refuses to know text, files, users and schedules of runs.
+In: examples with loss weights, each with the adapter it belongs to. Out: log-probabilities, losses, gradients in the
+adapters. Sequences are packed end to end in micro-batches of bounded tokens; none sees another, and no padding is
+computed. Refuses to know text, files, users and schedules of runs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Engine:
         return [result for result in results if result is not None]
 
     def _micro_batches(self, items: Sequence[Item]) -> list[list[int]]:
-        """Indices in micro-batches of at most `token_budget` tokens; neighbours share an adapter and a length where they can."""
+        """Indices in micro-batches of at most `token_budget` tokens; neighbours share an adapter and a length where
+        they can.
+        """
         names = {str(item.adapter): None for item in items}
         rank = {name: i for i, name in enumerate(names)}
         order = sorted(range(len(items)), key=lambda i: (rank[str(items[i].adapter)], len(items[i].example.tokens)))
@@ -130,7 +132,8 @@ class Engine:
         if any(prompts):
             return self._with_prompts(ids_N, positions_N, lengths, prompts)
         with without_mask():
-            hidden_1ND: Tensor = backbone.trunk(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)[0]
+            output = backbone.trunk(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)
+        hidden_1ND: Tensor = output[0]
         return hidden_1ND[0]
 
     def _prompts(self, rows: int) -> list[list[Tensor]]:
@@ -145,6 +148,7 @@ class Engine:
     ) -> Tensor:
         """The trunk over sequences with their soft prompts before them; the prompts' own hidden states are dropped."""
         backbone = self.host.backbone
+        assert backbone.trunk is not None
         embeds_ND = backbone.module_of("input")(ids_N)
         pieces, places, real, start = [], [], [], 0
         for length, row in zip(lengths, prompts, strict=True):

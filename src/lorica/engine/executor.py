@@ -50,9 +50,10 @@ class Work:
 class Executor:
     """Shared by every adapted site of one backbone.
 
-    Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the dtype
-    of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's second pass;
-    `window` is the span of packed positions that sites see, None for all of them.
+    Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the
+    dtype of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's
+    second pass; `window` is the span of packed positions that sites see, None for all of them; `memo` keeps lowered
+    updates while no adapter can change (a generation), None otherwise.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -61,6 +62,7 @@ class Executor:
         self.compute: torch.dtype | None = None
         self.recomputing = False
         self.window: tuple[int, int] | None = None
+        self.memo: dict[tuple[str, Adapter], Update] | None = None
 
     def work(self, site: Site, leading: int) -> list[Work]:
         """What to do at a site whose flattened leading axis has `leading` positions; empty where only the base acts."""
@@ -78,7 +80,9 @@ class Executor:
 
     @contextmanager
     def replay(self, route: Route | None, window: tuple[int, int] | None = None) -> Iterator[None]:
-        """Inside, sites act under this route, in a backward pass too; with `window`, on those packed positions alone."""
+        """Inside, sites act under this route, in a backward pass too; with `window`, on those packed positions
+        alone.
+        """
         before = self.route, self.window, self.recomputing
         self.route, self.window, self.recomputing = route, window, True
         try:
@@ -93,6 +97,20 @@ class Executor:
             return []
         return self.lower(site, [Segment(i, i + 1, stack) for i, stack in enumerate(route.stacks_for(rows))], route)
 
+    def rows(self) -> int | None:
+        """How many rows the present batch routes one by one; None where a stack serves all, or rows are packed."""
+        route = self.live_route()
+        return None if route is None or route.uniform or route.lengths is not None else len(route.stacks)
+
+    def check_rows(self, shape: torch.Size) -> None:
+        """Raises RouteError for a tensor that does not begin with the batch: its positions are nobody's rows."""
+        rows = self.rows()
+        if rows is not None and len(shape) > 2 and shape[0] % rows:
+            raise RouteError(
+                f"A site saw a tensor of shape {tuple(shape)}, whose first axis does not hold the {rows} routed rows.",
+                hint="Leave this site out of the targets, or let one adapter serve the whole batch.",
+            )
+
     def live_route(self) -> Route | None:
         """The present route. Raises RouteError inside a backward pass that no checkpoint of ours announced."""
         if torch._C._current_graph_task_id() != -1 and not self.recomputing:
@@ -102,9 +120,17 @@ class Executor:
             )
         return self.route
 
+    def lowered(self, adapter: Adapter, site: str) -> Update:
+        """One adapter's update at a site; made once while `memo` is there to keep it."""
+        if self.memo is None:
+            return adapter.update(site, self.backbone.weight(site))
+        key = (site, adapter)
+        if key not in self.memo:
+            self.memo[key] = adapter.update(site, self.backbone.weight(site))
+        return self.memo[key]
+
     def lower(self, site: Site, segments: list[Segment], route: Route) -> list[Work]:
         """Lower each adapter present once, and give every segment its updates and dropout masks."""
-        weight = self.backbone.weight(site.name)
         lowered: dict[Adapter, Update] = {}
         seen: dict[Adapter, int] = {}
         totals: dict[Adapter, int] = {}
@@ -113,7 +139,7 @@ class Executor:
             for adapter in stack:
                 totals[adapter] = totals.get(adapter, 0) + segment.stop - segment.start
                 if adapter not in lowered:
-                    lowered[adapter] = adapter.update(site.name, weight)
+                    lowered[adapter] = self.lowered(adapter, site.name)
         work = []
         for segment, stack in here:
             if not stack:

@@ -16,7 +16,7 @@ from lorica.core.site import Site
 from lorica.engine.executor import Executor
 from lorica.engine.linear import Base
 from lorica.engine.route import Route, subset
-from lorica.engine.sites import SiteForward, stacked_linear
+from lorica.engine.sites import SiteForward, amp, stacked_linear
 
 
 class ExpertsForward(SiteForward):
@@ -58,4 +58,4 @@ class ExpertsForward(SiteForward):
         if not work:
             return F.linear(x_nI, weight_OI)
         base = Base(lambda x: F.linear(x, weight_OI), lambda dy: dy @ weight_OI.to(dy.dtype), None)
-        return stacked_linear(x_nI, base, work, self.executor.compute)
+        return stacked_linear(amp(x_nI), base, work, self.executor.compute)

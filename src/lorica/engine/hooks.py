@@ -1,7 +1,7 @@
 """Where the executor meets the live module: which forwards it stands before, and the start of every forward pass.
 
-In: layouts to cover, a route. Out: hooks on instances of modules; classes, parameters and state-dict keys are not touched.
-Refuses to know adapters' names, methods and files.
+In: layouts to cover, a route. Out: hooks on instances of modules; classes, parameters and state-dict keys are not
+touched. Refuses to know adapters' names, methods and files.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Hooks:
         if route is None:
             return args, kwargs
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        lead = next((value for value in kwargs.values() if isinstance(value, Tensor)), None)
+        lead = _lead(kwargs)
         if lead is not None and route.lengths is None:
             route.stacks_for(lead.shape[0])
             rows = lead.shape[0]
@@ -125,10 +125,14 @@ class Hooks:
 
     def checkpointing(self) -> None:
         """Turn on transformers' activation checkpointing with a context that brings each pass's route back."""
-        enable = getattr(self.backbone.module, "gradient_checkpointing_enable", None)
-        if enable is None:
+        module: Any = self.backbone.module
+        how = {"use_reentrant": False, "context_fn": self._contexts}
+        if hasattr(module, "activation_checkpointing_enable"):  # the name since transformers 5.24
+            module.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+        elif hasattr(module, "gradient_checkpointing_enable"):
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        else:
             raise MethodError("Only transformers models can checkpoint activations.")
-        enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": self._contexts})
 
     def _contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), self.executor.replay(self.executor.route)
@@ -143,3 +147,9 @@ class Hooks:
             self.attention.remove()
         self.forwards.clear()
         del self.backbone.module.__dict__["_lorica_hooked"]
+
+
+def _lead(kwargs: dict[str, Any]) -> Tensor | None:
+    """The tensor whose first axis is the batch: ids or embeddings where there are any, else the first tensor."""
+    named = [kwargs.get("input_ids"), kwargs.get("inputs_embeds")]
+    return next((value for value in [*named, *kwargs.values()] if isinstance(value, Tensor)), None)

@@ -1,13 +1,13 @@
 """A host: one backbone with its adapters, and which of them act on the next batch.
 
-In: a model, methods, targets. Out: adapters attached to the live module, whose tensors and state-dict keys stay as they are.
-Refuses to know tokenizers, losses, optimisers and file formats (it calls `adapters` for files and merging).
+In: a model, methods, targets. Out: adapters attached to the live module, whose tensors and state-dict keys stay as
+they are. Refuses to know tokenizers, losses, optimisers and file formats (it calls `adapters` for files and merging).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,8 +161,9 @@ class Host:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base, bit for bit. Nests; leaving restores what was active, also after an exception."""
-        with self._routed(None):
+        """Inside, the model is the base, bit for bit. Nests; leaving, by an exception too, restores what was active."""
+        frozen = nullcontext() if self._merge is None else self._merge.suspended()
+        with self._routed(None), frozen:
             yield
 
     @contextmanager
@@ -186,6 +187,9 @@ class Host:
         try:
             yield
         finally:
+            for adapter in [] if before is None else before.adapters():
+                if self.adapters.get(adapter.name) is not adapter:  # deleted inside
+                    before = self._without(before, adapter)
             self._hooks.route(before)
 
     def begin(self) -> None:
@@ -204,7 +208,7 @@ class Host:
             self.executor.route = before
 
     def windowed(self, head: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
-        """`head` for a run of packed positions that begins at a given one, under the present pass's route; repeatable."""
+        """`head` for a run of packed positions from a given one on, under the present pass's route; repeatable."""
         route = self.executor.route
 
         def run(x_CD: Tensor, start: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The model's entrance: soft prompts before each row's first token, and positions that start after virtual tokens.
 
-In: the keyword arguments of a transformers forward. Out: the same with `inputs_embeds`, mask, positions and labels extended,
-and afterwards outputs of the original length. Rows with shorter prompts are padded on the left and masked.
+In: the keyword arguments of a transformers forward. Out: the same with `inputs_embeds`, mask, positions and labels
+extended, and afterwards outputs of the original length. Rows with shorter prompts are padded on the left and masked.
 Refuses to know methods and what the outputs are for.
 """
 
@@ -50,7 +50,7 @@ class Entrance:
             self._extend_mask(kwargs, lead, past, lengths, width)
         if not width or past:
             return kwargs, 0
-        self._prepend(kwargs, ids, embeds, prompts, lengths, width)
+        self._prepend(kwargs, ids, embeds, prompts, prefix_lengths)
         return kwargs, width
 
     def _prompts(self, rows: int) -> list[list[Tensor]]:
@@ -85,9 +85,10 @@ class Entrance:
         ids: Tensor | None,
         embeds: Tensor | None,
         prompts: list[list[Tensor]],
-        lengths: list[int],
-        width: int,
+        prefix_lengths: list[int],
     ) -> None:
+        lengths = [sum(p.shape[0] for p in row) for row in prompts]
+        width = max(lengths)
         if embeds is None:
             assert self.embedding is not None
             assert ids is not None
@@ -101,10 +102,13 @@ class Entrance:
         if self.takes_positions:
             starts = torch.tensor(lengths, device=embeds.device)[:, None] - width
             virtual = (torch.arange(width, device=embeds.device)[None] + starts).clamp_min(0)
-            kwargs["position_ids"] = torch.cat([virtual, kwargs["position_ids"]], dim=1)
-        if kwargs.get("labels") is not None:
-            labels = kwargs["labels"]
-            kwargs["labels"] = torch.cat([labels.new_full((labels.shape[0], width), -100), labels], dim=1)
+            behind = torch.tensor(prefix_lengths, device=embeds.device)[:, None]  # a prefix stands before the prompt
+            kwargs["position_ids"] = torch.cat([virtual + behind, kwargs["position_ids"]], dim=1)
+        for key, filler in (("labels", -100), ("token_type_ids", 0)):
+            given = kwargs.get(key)
+            # one for each token; a row's class labels stay as they are
+            if given is not None and given.shape == embeds.shape[:2] and not given.is_floating_point():
+                kwargs[key] = torch.cat([given.new_full((given.shape[0], width), filler), given], dim=1)
 
 
 def leave(output: Any, width: int, tokens: int) -> Any:

@@ -1,15 +1,15 @@
 """Linear sites: one base product for the whole batch, and each segment's update beside it.
 
 In: x, the frozen base, and updates per segment. Out: y, with gradients for x and every update tensor.
-One autograd node per site that saves only x (and u where an out_scale is trained); low-rank activations and dropout masks
-are made again in backward. Refuses to know adapters, methods and modules.
+One autograd node per site that saves only x (and u where an out_scale is trained); low-rank activations and dropout
+masks are made again in backward. Refuses to know adapters, methods and modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def adapted_linear(x_NI: Tensor, base: Base, parts: list[Part], compute: torch.d
     """
     tensors: list[Tensor] = []
     plans = [_Plan.of(part, tensors) for part in parts]
-    result: Tensor = _AdaptedLinear.apply(x_NI, base, plans, compute or x_NI.dtype, *tensors)
+    result: Tensor = cast(Any, _AdaptedLinear).apply(x_NI, base, plans, compute or x_NI.dtype, *tensors)
     return result
 
 
@@ -185,7 +185,7 @@ def _plain(plan: _Plan) -> bool:
 def _forward_part(
     plan: _Plan, x_NI: Tensor, x_in: Tensor, y_NO: Tensor, t: list[Tensor], base: Base, compute: torch.dtype
 ) -> Tensor | None:
-    """Turn a segment's base output into its adapted output, in place. Returns `u = W₀x + …` before out_scale, if used."""
+    """Turn a segment's base output into the adapted one, in place. Returns `u = W₀x + …` before out_scale, if any."""
     low = y_NO.to(compute)  # y itself, to be written in place, where the dtypes agree
     x_drop = plan.drop(x_NI.to(compute)) if plan.factors else x_NI
     for a, b, mid, post, scale in plan.factors:

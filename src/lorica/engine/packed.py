@@ -41,7 +41,8 @@ def packed_attention(
     """
     if softcap is not None or s_aux is not None:
         raise MethodError(
-            f"{type(module).__name__} caps its attention scores or has attention sinks; packed batches cannot do that yet.",
+            f"{type(module).__name__} caps its attention scores or has attention sinks; packed batches cannot do that "
+            "yet.",
             hint="Call the model itself with padded rows instead.",
         )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))

@@ -72,7 +72,8 @@ class Route:
             return self.stacks * rows
         if rows != len(self.stacks):
             raise RouteError(
-                f"The batch has {rows} rows and {len(self.stacks)} rows are routed; name one adapter (or None) for each row."
+                f"The batch has {rows} rows and {len(self.stacks)} rows are routed; "
+                "name one adapter (or None) for each row."
             )
         return self.stacks
 

@@ -7,6 +7,7 @@ Refuses to know methods and files.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,14 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorica.core.errors import MethodError
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate
 from lorica.engine.executor import Executor, Work
-from lorica.engine.linear import Base, Part, adapted_linear, on_top
+from lorica.engine.linear import Base, Dropout, Part, adapted_linear, on_top
 
 
-class SiteForward:
+class SiteForward(ABC):
     """Stands in for `module.forward`. `inner` is what was there before; `plain` asks for the class's own forward."""
 
     def __init__(self, executor: Executor, module: nn.Module, site: Site) -> None:
@@ -50,11 +50,12 @@ class SiteForward:
     def bias(self) -> Tensor | None:
         return self.executor.backbone.bias(self.site.name)
 
+    @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError  # every kind below gives its own
+        """The forward with the updates of the present route."""
 
 
-def _amp(x: Tensor) -> Tensor:
+def amp(x: Tensor) -> Tensor:
     """x in autocast's dtype where autocast is on: the base product would be cast, and the update must match it."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(x.device.type))
@@ -62,7 +63,7 @@ def _amp(x: Tensor) -> Tensor:
 
 
 def stacked_linear(x_NI: Tensor, base: Base, work: list[Work], compute: torch.dtype | None) -> Tensor:
-    """Innermost updates in one node with the base product; further updates of stacked rows on top, segment by segment."""
+    """Innermost updates in one node with the base product; further ones of stacked rows on top, segment by segment."""
     tall = [item for item in work if len(item.updates) > 1]
     x_low = x_NI
     for item in tall:
@@ -106,11 +107,12 @@ class LinearForward(SiteForward):
     """`nn.Linear` and Conv1D."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = _amp(x)
+        x = amp(x)
         leading = x.numel() // x.shape[-1]
         work = self.executor.work(self.site, leading)
         if not work:
             return cast(Tensor, self.inner(x))
+        self.executor.check_rows(x.shape)
         y_NO = stacked_linear(x.reshape(leading, -1), self.base(), work, self.executor.compute)
         return y_NO.view(*x.shape[:-1], -1)
 
@@ -123,6 +125,9 @@ class EmbeddingForward(SiteForward):
     """`nn.Embedding`, as a linear map of one-hot tokens, times the module's own output scale."""
 
     def __call__(self, ids: Tensor) -> Tensor:
+        rows = self.executor.rows()
+        if rows is not None and ids.ndim > 1 and ids.shape[0] == 1:
+            ids = ids.expand(rows, *ids.shape[1:])  # positions that all rows share, looked up by each row's own adapter
         out = cast(Tensor, self.inner(ids))
         work = self.executor.work(self.site, ids.numel())
         if not work:
@@ -161,11 +166,13 @@ class NormForward(SiteForward):
         if self.plain:
             return cast(Tensor, type(self.module).forward(self.module, x))
         width = self.site.shape[0]
-        leading = x.numel() // width if x.shape[-1] == width else x.shape[0]
+        by_channel = isinstance(self.module, nn.GroupNorm)  # its weight is over axis 1, and a row is one norm
+        leading = x.shape[0] if by_channel else x.numel() // width
         work = self.executor.work(self.site, leading)
         if not work:
             return cast(Tensor, self.inner(x))
-        rows = x.reshape(leading, *([width] if x.shape[-1] == width else x.shape[1:]))
+        self.executor.check_rows(x.shape)
+        rows = x.reshape(leading, *(x.shape[1:] if by_channel else [width]))
         pieces, done = [], 0
         for item in work:
             pieces += [self._run(rows[done : item.start], None)] if done < item.start else []
@@ -182,11 +189,22 @@ class NormForward(SiteForward):
         for level in range(len(item.updates)):
             update = item.linear(level)
             weight, bias = update.effective(weight), update.effective_bias(bias)
-        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        dtype = torch.promote_types(x.dtype, weight.dtype)
+        dtype = torch.promote_types(
+            x.dtype, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
+        )
+        y = self._with(x.to(dtype), weight, bias)
+        if dtype == x.dtype:
+            return y
+        # a half-precision norm rounds on its way in a manner of its own: add the difference to what it gives
+        frozen = self.executor.backbone.weight(self.site.name).matrix()
+        return cast(Tensor, self.inner(x)) + (y - self._with(x.to(dtype), frozen, self.bias())).to(x.dtype)
+
+    def _with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The module on x with another weight and bias, in x's dtype."""
+        tensors = {"weight": weight.to(x.dtype)} | ({} if bias is None else {"bias": bias.to(x.dtype)})
         self.plain = True
         try:
-            return cast(Tensor, functional_call(self.module, tensors, (x.to(dtype),))).to(x.dtype)
+            return cast(Tensor, functional_call(self.module, tensors, (x,)))
         finally:
             self.plain = False
 
@@ -195,29 +213,38 @@ class ConvForward(SiteForward):
     """`nn.Conv1d/2d/3d`: A is a convolution with the base's own geometry, B a 1×1 convolution."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        work = self.executor.work_for_rows(self.site, x.shape[0])
-        if not work:
-            return cast(Tensor, self.inner(x))
+        if x.ndim == len(self.site.shape) - 1:  # torch's form without a batch axis
+            return self(x[None])[0]
+        work = self.executor.work(self.site, x.shape[0])
         y = cast(Tensor, self.inner(x))
+        if not work:
+            return y
         pieces, done = [], 0
         for item in work:
-            part, bias = y[item.start : item.stop], self.bias()
-            for level in range(len(item.updates)):
-                part = self._apply(x[item.start : item.stop], part, bias, item, level)
-                bias = item.linear(level).effective_bias(bias)
-            pieces += [y[done : item.start], part]
+            pieces += [y[done : item.start], self._run(x[item.start : item.stop], y[item.start : item.stop], item)]
             done = item.stop
         return torch.cat([*pieces, y[done:]])
 
-    def _apply(self, x: Tensor, y: Tensor, bias: Tensor | None, item: Work, level: int) -> Tensor:
-        update, dropout = item.linear(level), item.dropouts[level]
-        wide = (-1, *(1,) * (y.ndim - 2))
-        x_in = x
-        if update.in_scale_I is not None:
-            if level:
-                raise MethodError(f"An input scale cannot be stacked on convolution {self.site.name!r}.")
-            x_in = x * update.in_scale_I.to(x.dtype).view(wide)
-            y = cast(Tensor, self.inner(x_in))
+    def _run(self, x: Tensor, y: Tensor, item: Work) -> Tensor:
+        """One segment: the base convolution sees x under every input scale, each level under those above it."""
+        count = len(item.updates)
+        seen = [x]
+        for level in reversed(range(count)):
+            scale = item.linear(level).in_scale_I
+            # every group has its own channels, under one scale, as it has under one A
+            wide = None if scale is None else self._wide(scale.to(x.dtype).repeat(cast(Any, self.module).groups), x)
+            seen.append(seen[-1] if wide is None else seen[-1] * wide)
+        y = y if seen[-1] is x else cast(Tensor, self.inner(seen[-1]))
+        bias = self.bias()
+        for level in range(count):
+            update, dropout = item.linear(level), item.dropouts[level]
+            y = self._apply(seen[count - 1 - level], seen[count - level], y, bias, update, dropout)
+            bias = update.effective_bias(bias)
+        return y
+
+    def _apply(
+        self, x: Tensor, x_in: Tensor, y: Tensor, bias: Tensor | None, update: LinearUpdate, dropout: Dropout | None
+    ) -> Tensor:
         if update.delta is not None:
             y = y + self._conv(x_in, update.delta.to(x.dtype))
         x_low = x if dropout is None else dropout(x)
@@ -225,9 +252,14 @@ class ConvForward(SiteForward):
             plain = factor.folded()
             y = y + self._low_rank(x_low, plain.A_RI.to(x.dtype), plain.B_OR.to(x.dtype))
         if update.out_scale_O is not None:
-            f = update.out_scale_O.to(x.dtype).view(wide)
-            y = f * y if bias is None or update.scale_bias else f * y + (1 - f) * bias.to(x.dtype).view(wide)
-        return y if update.bias_O is None else y + update.bias_O.to(x.dtype).view(wide)
+            f = self._wide(update.out_scale_O.to(x.dtype), y)
+            y = f * y if bias is None or update.scale_bias else f * y + (1 - f) * self._wide(bias.to(x.dtype), y)
+        return y if update.bias_O is None else y + self._wide(update.bias_O.to(x.dtype), y)
+
+    @staticmethod
+    def _wide(vector: Tensor, x: Tensor) -> Tensor:
+        """A vector over channels, shaped to act on [rows, channels, *positions]."""
+        return vector.view(-1, *(1,) * (x.ndim - 2))
 
     def _low_rank(self, x: Tensor, A_RI: Tensor, B_OR: Tensor) -> Tensor:
         """Every group sees the same A on its own channels, and its own rows of B."""

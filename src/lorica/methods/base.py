@@ -1,7 +1,7 @@
 """What a method is: config fields, parameter shapes, an init, and a lowering to an update.
 
-In: a site, its frozen weight and a random generator. Out: named tensors, and from them the site's update, differentiably.
-A method is stateless and one file. Refuses to know modules, batches, rows, files and optimisers.
+In: a site, its frozen weight and a random generator. Out: named tensors, and from them the site's update,
+differentiably. A method is stateless and one file. Refuses to know modules, batches, rows, files and optimisers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BaseWeight(Protocol):
     """A site's frozen weight, as methods may see it."""
 
     def matrix(self) -> Tensor:
-        """The normalised weight (see `Site.shape`), in the base dtype, without gradient and without a copy if possible."""
+        """The normalised weight (see `Site.shape`), in the base dtype, without gradient, if possible not a copy."""
 
     def row_square_norm(self) -> Tensor:
         """`‖W₀[j]‖²` over all axes but the first, float32 [out], computed once and kept."""
@@ -40,7 +40,7 @@ class Paper:
 
 @dataclass(frozen=True, slots=True)
 class PeftNames:
-    """How HF PEFT stores a method: its type, its tensors (ours → suffix in the file) and its config fields (theirs → ours)."""
+    """How PEFT has a method: its type, its tensors (ours → suffix in the file), its config fields (theirs → ours)."""
 
     peft_type: str
     tensors: Mapping[str, str]
@@ -59,7 +59,7 @@ class Method(Config, ABC):
     kinds: ClassVar[frozenset[SiteKind]]
     """Site kinds that the method can adapt."""
     default_targets: ClassVar[str | tuple[str, ...]] = "all-linear"
-    """What `default` selects. A tuple names the places of several families; those that a backbone lacks are passed over."""
+    """What `default` selects. A tuple names places of several families; those that a backbone lacks are passed over."""
     identity_at_init: ClassVar[str] = "bitwise"
     """Step 0 against the base: 'bitwise', 'rounding' (equal to 1e-12 relative in float64) or 'none'."""
     peft: ClassVar[PeftNames | None] = None

@@ -19,7 +19,7 @@ from lorica.methods.base import BaseWeight, Paper, PeftNames
 from lorica.methods.lora import LoRA
 
 TINY = 1e-30
-"""Smallest squared norm; the initial magnitude has the same floor, so a zero row also starts with a scale of exactly 1."""
+"""Smallest squared norm; the initial magnitude has the same floor, so a zero row also starts at a scale of 1."""
 
 
 class DoRA(LoRA):
@@ -69,7 +69,7 @@ class DoRA(LoRA):
 
 
 def row_norm(weight: BaseWeight, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """`‖(W₀ + sBA)_j‖₂` for every output j, from `‖w_j‖² + 2s⟨(W₀Aᵀ)_j, B_j⟩ + s² B_j (AAᵀ) B_jᵀ`; float32 or wider, [out].
+    """`‖(W₀ + sBA)_j‖₂` of each row, from `‖w_j‖² + 2s⟨(W₀Aᵀ)_j, B_j⟩ + s² B_j (AAᵀ) B_jᵀ`; [out], float32 or wider.
 
     The square is floored at `TINY`: where a row is cancelled almost wholly, rounding can make it negative.
     """

@@ -37,8 +37,8 @@ def wrap(module: nn.Module, *, name: str = "custom") -> Backbone:
 def tiny(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **overrides: Any) -> Backbone:
     """A tiny random backbone of one family, for tests; `overrides` are fields of its transformers config.
 
-    Families: llama, qwen3, qwen3-moe, gemma, gpt2, bert, vit, and the plain modules mlp and conv. The same seed gives the
-    same weights everywhere, and torch's global random state is left alone. `dtype` is float32 unless given.
+    Families: llama, qwen3, qwen3-moe, gemma, gpt2, bert, vit, and the plain modules mlp and conv. The same seed gives
+    the same weights everywhere, and torch's global random state is left alone. `dtype` is float32 unless given.
     Raises MissingError for an unknown family and ConfigError for an unknown override.
     """
     from lorica.models.factory import make_tiny

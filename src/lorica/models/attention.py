@@ -43,7 +43,8 @@ class AttentionSwitch:
 
 
 def set_attention(module: nn.Module, name: str) -> AttentionSwitch:
-    """Make every attention module of a transformers model use the kernel called `name`, on this instance's config alone.
+    """Make every attention module of a transformers model use the kernel called `name`, on this instance's config
+    alone.
 
     Modules without a transformers config are left as they are. Raises MethodError for a kernel that is not registered.
     """
@@ -77,9 +78,9 @@ def register_attention(name: str, kernel: Callable[..., Any], mask: Callable[...
     """Register a kernel for every model of this process.
 
     `kernel(module, query_BHTK, key_BGSK, value_BGSK, attention_mask, scaling=, dropout=, **kwargs)` returns
-    `(output_BTHK, weights or None)`; keyword arguments given to the model's forward arrive there too. `mask` makes the mask:
-    a function of transformers' mask interface, the name of a registered kernel whose mask is used, or None for no mask.
-    Raises MethodError for a mask name that is not registered.
+    `(output_BTHK, weights or None)`; keyword arguments given to the model's forward arrive there too. `mask` makes
+    the mask: a function of transformers' mask interface, the name of a registered kernel whose mask is used, or None
+    for no mask. Raises MethodError for a mask name that is not registered.
     """
     kernels, masks = _interfaces()
     if isinstance(mask, str) and mask not in masks:

@@ -1,4 +1,5 @@
-"""What a directory must hold to be a model: checked before transformers sees it, so that each fault has its own sentence.
+"""What a directory must hold to be a model: checked before transformers sees it, so that each fault has its own
+sentence.
 
 In: a path. Out: its parsed `config.json`; or MissingError for what is absent and FormatError for what is broken.
 Only headers of weight files are read. Refuses to know model classes and tensors.

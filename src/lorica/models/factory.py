@@ -1,8 +1,8 @@
 """Tiny random backbones of every family, for tests and dry runs, and inputs that fit them.
 
-In: a family, a seed, config overrides. Out: a backbone of the real transformers class (or a plain torch module), the same
-for the same seed in every process. Norms and biases are moved off 1 and 0, so that nothing is invisible to a test.
-Refuses to touch torch's global random state.
+In: a family, a seed, config overrides. Out: a backbone of the real transformers class (or a plain torch module), the
+same for the same seed in every process. Norms and biases are moved off 1 and 0, so that nothing is invisible to a
+test. Refuses to touch torch's global random state.
 """
 
 from __future__ import annotations

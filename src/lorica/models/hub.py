@@ -79,7 +79,8 @@ def explain(name: str, revision: str | None, error: Exception) -> LoricaError:
         )
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         return MissingError(
-            f"There is no model {name!r}: not built in, not a directory here, not in the hub's cache, and the hub is out of reach.{near}",
+            f"There is no model {name!r}: not built in, not a directory here, not in the hub's cache, and the hub is "
+            f"out of reach.{near}",
             hint="`nano` and the `tiny-…` models need no network; `lorica models` lists them.",
         )
     reason = (str(error).strip().splitlines() or ["no reason given"])[0]

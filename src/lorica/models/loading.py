@@ -1,7 +1,7 @@
 """Loading a backbone: a name becomes a directory, a directory becomes a checked, frozen module.
 
-In: a built-in name, a directory or a hub id; dtype and device. Out: a backbone with its tokenizer at hand.
-The nano model goes the same way as any other. Transformers is quiet while it loads, and torch's global random state is kept.
+In: a built-in name, a directory or a hub id; dtype and device. Out: a backbone with its tokenizer at hand. The nano
+model goes the same way as any other. Transformers is quiet while it loads, and torch's global random state is kept.
 Refuses to run code from a checkpoint and to fill missing weights with random ones.
 """
 
@@ -68,8 +68,7 @@ def locate(name: str, revision: str | None = None) -> Path:
         or path.is_absolute()
         or name.startswith((".", "~"))
         or name.count("/") > 1
-        or (os.sep != "/"
-        and os.sep in name)
+        or (os.sep != "/" and os.sep in name)
     ):
         raise MissingError(f"There is no directory {name!r}.{did_you_mean(name, BUILTIN)}")
     from lorica.models.hub import fetch
@@ -160,7 +159,9 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def parse_device(device: str) -> torch.device:
-    """A device that exists here. Raises ConfigError for a name that torch does not know, MissingError for an absent one."""
+    """A device that exists here. Raises ConfigError for a name that torch does not know, MissingError for an absent
+    one.
+    """
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -62,7 +62,8 @@ def _transform(config: Any) -> Callable[[Tensor], Tensor] | None:
 
 def _holds(module: Any, parts: LanguageModel) -> bool:
     """Whether the parts give the model's own logits, on one token."""
-    assert parts.trunk is not None and parts.head is not None
+    assert parts.trunk is not None
+    assert parts.head is not None
     ids = torch.zeros(1, 1, dtype=torch.long, device=parts.head.weight.device)
     if ids.device.type == "meta":
         return False

@@ -1,9 +1,9 @@
 """The sites of a module tree, with every family's way of storing weights normalised.
 
-In: any `torch.nn.Module`. Out: for each site its record and where its weight lives (owner, attribute, expert, transposed).
-A module is listed only when replacing its forward or its weight does what it says: subclasses that redefine `forward`,
-weights that are computed (parametrised, quantised) and the insides of `nn.MultiheadAttention` are left out.
-Refuses to know adapters, files and families by name.
+In: any `torch.nn.Module`. Out: for each site its record and where its weight lives (owner, attribute, expert,
+transposed). A module is listed only when replacing its forward or its weight does what it says: subclasses that
+redefine `forward`, weights that are computed (parametrised, quantised) and the insides of `nn.MultiheadAttention` are
+left out. Refuses to know adapters, files and families by name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXPERT_PARAMETERS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a site is: the module that acts, the attribute of its weight ('' where there is none), and an expert index."""
+    """Where a site is: the module that acts, the attribute of its weight ('' for none), and the name of its bias."""
 
     site: Site
     module: nn.Module
@@ -39,7 +39,7 @@ class Place:
 
 
 def list_places(root: nn.Module) -> dict[str, Place]:
-    """Every site by name: the input first, then module-tree order. Raises FormatError for uninitialised lazy modules."""
+    """Every site by name: the input first, then in module-tree order. Raises FormatError for lazy modules."""
     lazy = next((name for name, p in root.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
         raise FormatError(
@@ -127,7 +127,7 @@ def embedding_scale(module: nn.Embedding) -> float | None:
 
 
 def attention_heads(module: nn.Module) -> tuple[int, int, int] | None:
-    """(query heads, kv heads, head dim) of a self-attention module that goes through transformers' attention interface."""
+    """(query heads, kv heads, head dim) of a self-attention that goes through transformers' attention interface."""
     if not _calls_interface(type(module)) or getattr(module, "is_cross_attention", False):
         return None
     if "CrossAttention" in type(module).__name__ or hasattr(module, "v_head_dim"):  # keys and values of different width

@@ -38,7 +38,7 @@ class MemoryEstimate:
 
 
 def estimate(client: TrainingClient, examples: Sequence[Example], batch_size: int) -> MemoryEstimate:
-    """What training this client with batches of `batch_size` needs. Gradients and random state are left as they were."""
+    """What training this client with batches of `batch_size` needs. Gradients and random state stay as they were."""
     for late in ("torch._dynamo", "matplotlib.backends.backend_agg"):  # a run loads these later; they are not small
         importlib.import_module(late)
     backbone, adapter = client.service.host.backbone, client.adapter

@@ -1,7 +1,7 @@
 """Two proofs about a trained adapter: `peft` reads it with the same logits, and merging it changes nothing that counts.
 
-In: a loaded plan whose adapter is trained, and where its files are. Out: figures, and plain words where a proof cannot be made.
-Refuses to know how training went.
+In: a loaded plan whose adapter is trained, and where its files are. Out: figures, and plain words where a proof
+cannot be made. Refuses to know how training went.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class MergeProof:
 
 
 TOLERANCE = 1e-4
-"""Largest difference that counts as the same, relative to the largest logit; float32 arithmetic differs by about 1e-6."""
+"""Largest difference that counts as the same, relative to the largest logit; float32 arithmetic differs by about 1e-6.
+"""
 
 
 def peft_proof(ready: Plan, adapter: Path, prompts: Sequence[Sequence[int]]) -> PeftProof:

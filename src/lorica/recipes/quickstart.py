@@ -1,8 +1,8 @@
 """The quickstart: fine-tune the built-in model on the built-in data, and measure what changed.
 
-In: a method's name. Out: a `Report`, kept in the run directory: exact match before and after, examples, whether `peft` reads the
-adapter with the same logits, the largest difference that merging makes. A finished run of the same settings is reported again.
-Refuses to know terminals: progress goes to an `Observer`.
+In: a method's name. Out: a `Report`, kept in the run directory: exact match before and after, examples, whether
+`peft` reads the adapter with the same logits, the largest difference that merging makes. A finished run of the same
+settings is reported again. Refuses to know terminals: progress goes to an `Observer`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lorica.client.local import SamplingClient
@@ -104,7 +103,7 @@ class QuickstartObserver(sft.Observer):
 
 
 def configure(method: str = "lora", out: str | None = None, overrides: Sequence[str] = ()) -> SFTConfig:
-    """The settings: the shipped config of the method, or `quickstart` with the method's defaults. Raises MethodError."""
+    """The shipped config of the method, or `quickstart` with the method's defaults. Raises MethodError."""
     get_method(method)
     name = "quickstart" if method == "lora" or method not in shipped() else method
     chosen = [] if name == method or method == "lora" else [f"method={json.dumps({'name': method})}"]

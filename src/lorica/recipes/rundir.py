@@ -54,7 +54,9 @@ class RunDir:
         return sorted((self.path / "checkpoints").glob("step-*.pt"))
 
     def save(self, step: int, state: dict[str, Any], *, keep: int) -> Path:
-        """Write a checkpoint, then delete all but the newest `keep`. Raises StorageError; older checkpoints survive that."""
+        """Write a checkpoint, then delete all but the newest `keep`. Raises StorageError; older checkpoints survive
+        that.
+        """
         path = self.path / "checkpoints" / f"step-{step:06d}.pt"
         with storage(path):
             partial = path.with_suffix(".partial")
@@ -72,7 +74,9 @@ class RunDir:
         return path
 
     def latest(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state; None when the run ended before its first. Raises ResumeError when it is unreadable."""
+        """The newest checkpoint's state; None when the run ended before its first. Raises ResumeError when it is
+        unreadable.
+        """
         found = self.checkpoints()
         if not found:
             return None

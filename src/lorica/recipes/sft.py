@@ -1,7 +1,7 @@
 """Supervised fine-tuning, configurable: the program of `sft_loop` with evaluation, checkpoints, tracking and resuming.
 
-In: an `SFTConfig`, or the directory of a run to resume. Out: the run's directory. A run killed at any step and resumed equals
-the uninterrupted run bit for bit. Refuses to know terminals: progress goes to an `Observer`.
+In: an `SFTConfig`, or the directory of a run to resume. Out: the run's directory. A run killed at any step and
+resumed equals the uninterrupted run bit for bit. Refuses to know terminals: progress goes to an `Observer`.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def pick_device(name: str) -> str:
 
 
 def plan(config: SFTConfig) -> Plan:
-    """Load model and data and make the adapter. Nothing is written. Raises Lorica's errors for whatever does not fit."""
+    """Load model and data and make the adapter. Writes nothing. Raises Lorica's errors for whatever does not fit."""
     backbone = load(config.model, dtype=config.dtype, device=pick_device(config.device))
     if backbone.tokenizer is None:
         raise MethodError(f"{config.model!r} has no tokenizer, so text cannot be trained on it.")

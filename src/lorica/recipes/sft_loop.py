@@ -1,7 +1,7 @@
 """Supervised fine-tuning as one flat loop: read it top to bottom, copy it, change it.
 
-In: a model, a data file, a method. Out: an adapter folder. `recipes.sft` is the same program with checkpoints, evaluation,
-tracking and resuming. Refuses to know configs.
+In: a model, a data file, a method. Out: an adapter folder. `recipes.sft` is the same program with checkpoints,
+evaluation, tracking and resuming. Refuses to know configs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def train(
 ) -> float:
     """Fine-tune `model` on `data` and write the adapter to `out`. Returns the mean loss of the last step.
 
-    The loss of a step is `Σ w · −log p / Σ w` over the step's trained tokens. Raises DataError for rows that cannot be used.
+    The loss of a step is `Σ w · −log p / Σ w` over the step's trained tokens. Raises DataError for rows that cannot
+    be used.
     """
     backbone = load(model)
     renderer = Renderer(backbone.tokenizer)

@@ -6,6 +6,7 @@ Refuses to know models and caches.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -14,20 +15,28 @@ from torch import Tensor
 from lorica.sampling.params import SamplingParams
 
 
-def generators(rows: int, params: SamplingParams) -> list[torch.Generator]:
-    """A generator for each row, so that a row's draws do not depend on who shares the batch."""
-    return [torch.Generator().manual_seed((params.seed << 20) + row) for row in range(rows)]
+def generators(rows: int, params: SamplingParams, seed: int | None = None) -> list[torch.Generator]:
+    """A generator for each row, so that a row's draws do not depend on who shares the batch.
+
+    Row i's is a function of (seed, i) alone; `seed` stands in for the settings' own.
+    """
+    own = params.seed if seed is None else seed
+    digests = [hashlib.sha256(f"{own}/{row}".encode()).digest() for row in range(rows)]
+    return [torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1) for digest in digests]
 
 
 def pick(logits_BV: Tensor, params: SamplingParams, rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
-    """Next tokens [B] and their log-probabilities [B] under the model's own distribution (temperature 1, untruncated)."""
+    """Next tokens [B] and their log-probabilities [B] under the model's own distribution (temperature 1,
+    untruncated).
+    """
     logprobs_BV = logits_BV.float().log_softmax(-1)
     if params.temperature == 0:
         chosen_B = logprobs_BV.argmax(-1)
     else:
         probs_BV = truncate(logprobs_BV / params.temperature, params).softmax(-1)
         draw_B = torch.stack([torch.rand((), generator=rng) for rng in rngs]).to(probs_BV.device)
-        # inverse transform by hand: one uniform number a row, whatever the batch; the last token of positive mass is the limit
+        # inverse transform by hand: one uniform number a row, whatever the batch; the last token of positive mass is
+        # the limit
         cumulative_BV = probs_BV.double().cumsum(-1)
         target_B1 = (draw_B.double() * cumulative_BV[:, -1])[:, None]
         chosen_B = torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp_max(probs_BV.shape[-1] - 1)

@@ -7,7 +7,7 @@ In: hidden states, the head (a frozen matrix, or any callable), targets and loss
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`loss = Σ_i w_i (logsumexp_v(W h_i) − (W h_i)[t_i])` for a frozen head, in natural-log units.
 
-    Returns (loss, log-probabilities [N] in float32, detached). The gradient with respect to `hidden` is made in the forward
-    pass, so that logits of at most `chunk` rows ever exist.
+    Returns (loss, log-probabilities [N] in float32, detached). The gradient with respect to `hidden` is made in the
+    forward pass, so that logits of at most `chunk` rows ever exist.
     """
-    loss, logprobs_N = _LinearCrossEntropy.apply(hidden_ND, weight_VD, targets_N, weights_N, chunk)
+    loss, logprobs_N = cast(Any, _LinearCrossEntropy).apply(hidden_ND, weight_VD, targets_N, weights_N, chunk)
     return loss, logprobs_N
 
 
@@ -67,7 +67,8 @@ def chunked_cross_entropy(
     *,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The same for a head that is trained or transforms its logits; each chunk's logits are made again in the backward pass.
+    """The same for a head that is trained or transforms its logits; each chunk's logits are made again in the
+    backward pass.
 
     `head(hidden[start : start + n], start)` gives the logits of n positions.
     """

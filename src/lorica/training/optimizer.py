@@ -22,7 +22,9 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 
 
 class AdamWConfig(Config):
-    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), a schedule, and clipping by global norm."""
+    """AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), a schedule, and clipping by global
+    norm.
+    """
 
     lr: float = Field(2e-3, gt=0, description="peak learning rate")
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of the two moments")
@@ -79,7 +81,8 @@ class AdapterOptimizer:
         return self.config.lr * float(self.schedule.lr_lambdas[0](self.schedule.last_epoch))
 
     def step(self, *, scale: float = 1.0) -> float:
-        """One step with the gradient times `scale`; the gradient is zeroed. Returns its norm before clipping, after scaling.
+        """One step with the gradient times `scale`; the gradient is zeroed. Returns its norm before clipping, after
+        scaling.
 
         A gradient that is not finite moves neither the adapter nor the schedule; the norm that is returned tells.
         """

@@ -1,0 +1,123 @@
+"""Save and load one adapter as a folder: PEFT's two files, and `lorica.json` with what PEFT has no field for.
+
+In: an adapter or a path, and the backbone. Out: the folder, or the adapter, bit for bit what was saved.
+Refuses to know how tensors are named (`peft_format`) and how a folder is replaced (`folder`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorica
+from lorica.adapters.adapter import Adapter
+from lorica.adapters.folder import CONFIG, OWN, WEIGHTS, read_folder, write_folder
+from lorica.adapters.layout import Layout
+from lorica.adapters.peft_format import decode, encode, from_peft, why_not
+from lorica.core.errors import ConfigError, FormatError, MismatchError
+from lorica.core.site import Site
+from lorica.methods import make_method
+from lorica.methods.base import Method
+from lorica.models.backbone import Backbone
+
+VERSION = 1
+"""Version of `lorica.json`. Readers refuse a later one."""
+
+
+def save_adapter(adapter: Adapter, backbone: Backbone, path: Path) -> Path:
+    """Write an adapter to folder `path`, whole or not at all; what was there before survives a failure.
+
+    The folder holds `adapter_model.safetensors` and `adapter_config.json` as PEFT writes them (for methods that PEFT
+    lacks: in a layout of ours with peft_type LORICA, which PEFT refuses), and `lorica.json`. The adapter's name is
+    not stored. Raises StorageError when the disk is full or cannot be written, ConfigError for meta that is not JSON.
+    """
+    tensors, config = encode(adapter, backbone)
+    return write_folder(path, tensors, {CONFIG: config, OWN: _record(adapter, backbone)})
+
+
+def _record(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
+    layout = adapter.layout
+    default = layout.method.model_dump(mode="json")
+    sites = {}
+    for name, method in layout.methods.items():
+        own = method.model_dump(mode="json")
+        changed = {
+            key: value for key, value in own.items() if method.name != layout.method.name or default[key] != value
+        }
+        sites[name] = changed if method.name == layout.method.name else {"method": method.name, **changed}
+    return {
+        "format": VERSION,
+        "lorica": lorica.__version__,
+        "method": layout.method.name,
+        "config": default,
+        "sites": sites,
+        "seed": adapter.seed,
+        "forwards": adapter.forwards,
+        "dtype": str(adapter.flat.dtype).removeprefix("torch."),
+        "base": {"fingerprint": adapter.base, "name": backbone.name, "family": backbone.family},
+        "not_peft": why_not(adapter, backbone),
+        "meta": adapter.meta,
+    }
+
+
+def load_adapter(path: Path, backbone: Backbone, name: str) -> Adapter:
+    """Read an adapter folder, Lorica's or PEFT's, for a backbone. Nothing is executed: pickles are refused.
+
+    Raises MissingError when there is no folder, FormatError when a file is missing, corrupt or not finite, or a
+    setting would have to be ignored, MismatchError when it belongs to another base, MethodError for methods that
+    Lorica lacks.
+    """
+    tensors, config, own = read_folder(path)
+    file = path / WEIGHTS
+    if own is None:
+        return from_peft(config, tensors, backbone, name, file).to(device=backbone.device)
+    adapter = _empty(own, backbone, name, path / OWN)
+    decode(adapter, config, tensors, backbone, file)
+    return adapter.to(device=backbone.device)
+
+
+def _empty(own: Mapping[str, Any], backbone: Backbone, name: str, file: Path) -> Adapter:
+    """The adapter that a record describes, without its values."""
+    version = own.get("format")
+    if version != VERSION:
+        raise FormatError(
+            f"{file} has format {version!r}; this Lorica reads {VERSION}.",
+            hint=f"It was written by Lorica {own.get('lorica')}; install that version or a later one.",
+        )
+    try:
+        base, sites = own["base"], own["sites"]
+        _check_base(base, backbone, file)
+        method = make_method(own["method"], **own["config"])
+        picked: dict[str, tuple[Site, Method]] = {}
+        for site in backbone.sites.values():
+            if site.name in sites:
+                picked[site.name] = (site, _resolve(method, dict(sites[site.name])))
+        absent = [site for site in sites if site not in picked]
+        if absent:
+            raise MismatchError(f"{file} adapts {absent[0]!r}, which is no site of {backbone.name!r}.")
+        dtype = getattr(torch, own["dtype"])
+        adapter = Adapter(name, Layout(method, picked), seed=own["seed"], base=base["fingerprint"], dtype=dtype)
+        adapter.forwards, adapter.meta = int(own["forwards"]), dict(own["meta"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"{file} is not as Lorica writes it: {type(error).__name__} at {error}.") from None
+    except ConfigError as error:
+        raise FormatError(f"{file} holds settings that this Lorica does not take: {error}") from None
+    return adapter
+
+
+def _resolve(method: Method, changes: dict[str, Any]) -> Method:
+    if "method" in changes:
+        return make_method(changes.pop("method"), **changes)
+    return method.replace(**changes) if changes else method
+
+
+def _check_base(base: Mapping[str, Any], backbone: Backbone, file: Path) -> None:
+    if base["fingerprint"] and base["fingerprint"] != backbone.fingerprint():
+        raise MismatchError(
+            f"The adapter in {file.parent} was made for {base['name']!r} ({base['family']}, {base['fingerprint']}); "
+            f"this backbone is {backbone.name!r} ({backbone.family}, {backbone.fingerprint()}).",
+            hint="An adapter acts on the weights that it was trained beside, and on no others.",
+        )

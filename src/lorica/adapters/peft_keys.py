@@ -1,0 +1,137 @@
+"""The names of tensors in a PEFT file, and which modules they belong to.
+
+In: names as any PEFT version or a hand-made file writes them. Out: one canonical name for each tensor, without prefix
+and without the adapter's name; names for the reverse way; shortest lists of targets. Refuses to know values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor
+
+from lorica.core.errors import FormatError
+from lorica.models.backbone import Backbone
+
+PREFIX = "base_model.model."
+OWN = "lorica."
+"""Names of tensors that PEFT has no place for begin so; PEFT passes over them."""
+
+_LEAVES = ("weight", "bias")
+_SINGLE = {
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+    "vera_lambda_b",
+    "vera_lambda_d",
+    "ia3_l",
+    "vera_A",
+    "vera_B",
+    "prompt_embeddings",
+}
+"""Tensors that are parameters themselves; the others are modules with a weight and perhaps a bias."""
+_TOKENS = "|".join(sorted({"lora_A", "lora_B", "ln_tuning_layers", "modules_to_save", *_SINGLE}, key=len, reverse=True))
+_KEY = re.compile(rf"(?:(?P<module>.*)\.)?(?P<token>{_TOKENS})(?P<rest>(?:\.[^.]+)*)")
+
+
+class Tensors:
+    """What a file holds, under canonical names. Every tensor that is used is taken, so that what is left over can be
+    named.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], backbone: Backbone, file: object) -> None:
+        self.file = file
+        self.adapters: set[str] = set()
+        self._held: dict[str, tuple[str, Tensor]] = {}
+        base = str(getattr(backbone.module, "base_model_prefix", "") or "")
+        self._modules = {name for name, _ in backbone.module.named_modules()}
+        self._inner = f"{base}." if base and base in self._modules else ""
+        for key, tensor in tensors.items():
+            name = key if key.startswith(OWN) else self._canonical(key)
+            if name in self._held:
+                raise FormatError(f"{file} holds {key!r} and {self._held[name][0]!r}, which are the same tensor.")
+            self._held[name] = (key, tensor)
+        if len(self.adapters) > 1:
+            raise FormatError(f"{file} holds several adapters: {', '.join(sorted(self.adapters))}; one is right.")
+
+    def _canonical(self, key: str) -> str:
+        found = _KEY.fullmatch(key)
+        if found is None:
+            module, _, leaf = key.rpartition(".")
+            return f"{self.resolve(module)}.{leaf}"
+        module, token, rest = found["module"] or "", found["token"], [p for p in found["rest"].split(".") if p]
+        leaf = rest.pop() if rest and rest[-1] in _LEAVES else ""
+        if rest:
+            self.adapters.add(".".join(rest))
+        if token == "modules_to_save":
+            return f"{self.resolve(module)}.{leaf}"
+        if token in ("vera_A", "vera_B", "prompt_embeddings"):
+            return token
+        suffix = token if token in _SINGLE else f"{token}.{leaf or 'weight'}"
+        return f"{self.resolve(module)}.{suffix}"
+
+    def resolve(self, module: str) -> str:
+        """The backbone's name of a module: prefixes of PEFT, and of the task model around the trunk, come and go."""
+        module = f"{module}."
+        nested = ""
+        while module.endswith(".base_layer."):
+            module, nested = module.removesuffix("base_layer."), f"{nested}.base_layer"
+        for prefix in (PREFIX, "base_model."):
+            if module.startswith(prefix):
+                module = module.removeprefix(prefix)
+                break
+        module = module.rstrip(".")
+        near = (module, self._inner + module, module.removeprefix(self._inner) if self._inner else module)
+        return next((name for name in near if name in self._modules), module) + nested
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def take(self, name: str) -> Tensor:
+        """A tensor by canonical name. Raises FormatError when it is missing."""
+        if name not in self._held:
+            raise FormatError(f"{self.file} lacks the tensor {name!r}, which its settings call for.")
+        return self._held.pop(name)[1]
+
+    def peek(self, name: str) -> Tensor:
+        """A tensor that stays to be taken."""
+        return self._held[name][1]
+
+    def finish(self) -> None:
+        """Raises FormatError when tensors are left over."""
+        left = [key for key, _ in self._held.values()]
+        if left:
+            more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+            raise FormatError(
+                f"{self.file} holds the tensor {left[0]!r}{more}, which its settings and the backbone have no place "
+                "for."
+            )
+
+
+def own_key(site: str, param: str) -> str:
+    """The name of a tensor in Lorica's own layout; tensors that the whole adapter shares have no site."""
+    return f"{OWN}site.{site}.{param}" if site else f"{OWN}shared.{param}"
+
+
+def is_named(module: str, targets: Iterable[str] | str) -> bool:
+    """PEFT's rule for `target_modules`: a string is a regular expression for the whole name, a list holds names and
+    suffixes.
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == entry or module.endswith(f".{entry}") for entry in targets)
+
+
+def shortest(wanted: Iterable[str], present: Iterable[str]) -> list[str] | str:
+    """`target_modules` that select exactly `wanted` among `present`: last parts where they do, else names, else a
+    pattern.
+    """
+    chosen, known = set(wanted), set(present)
+    for entries in ({name.rpartition(".")[2] for name in chosen}, chosen):
+        if {name for name in known if is_named(name, entries)} == chosen:
+            return sorted(entries)
+    return "|".join(re.escape(name) for name in sorted(chosen))

@@ -1,0 +1,230 @@
+"""The updates of a fixed batch of single-token rows at maps of one input, gathered into a few stacked tensors.
+
+In: the rows' stacks of adapters and the sites of the maps. Out: what to do to the input and to the outputs, batched
+over rows. Rows of one stack are neighbours. What the form below cannot hold is named, and goes the general way.
+Refuses to know modules, frozen weights and steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorica.core.update import LinearUpdate
+from lorica.engine.executor import Executor
+from lorica.engine.route import Stack
+
+FEW = 4
+"""Up to so many distinct stacks, factors of a half-precision base are float32 on a CPU, whose small products are
+faster so.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """`y = out_scale ⊙ ((x ⊙ in_scale) W₀ᵀ + b₀ + x Aᵀ B) + shift` of one stack at one site; scales are folded into
+    B.
+    """
+
+    A_RI: Tensor | None
+    B_RO: Tensor | None
+    in_scale_I: Tensor | None
+    out_scale_O: Tensor | None
+    shift_O: Tensor | None
+
+
+NOTHING = Folded(None, None, None, None, None)
+"""What a stack does at a site that none of its adapters adapts."""
+
+
+def fold(updates: Sequence[LinearUpdate], bias_O: Tensor | None, dtype: torch.dtype) -> Folded | None:
+    """The updates of a stack, innermost first, as one; None where they are not of that form."""
+    if any(u.delta is not None for u in updates) or (len(updates) > 1 and not all(u.low_rank_only for u in updates)):
+        return None
+    plain = [factor.folded() for update in updates for factor in update.factors]
+    biases = [u.bias_O for u in updates if u.bias_O is not None]
+    shift_O = torch.stack(biases).sum(0) if biases else None
+    first = updates[0]
+    if first.out_scale_O is not None and bias_O is not None and not first.scale_bias:
+        own_O = (1 - first.out_scale_O) * bias_O.to(first.out_scale_O.dtype)
+        shift_O = own_O if shift_O is None else shift_O + own_O
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(dtype)
+
+    return Folded(
+        torch.cat([f.A_RI for f in plain]).to(dtype) if plain else None,
+        torch.cat([f.B_OR for f in plain], dim=1).T.to(dtype) if plain else None,
+        cast(first.in_scale_I),
+        cast(first.out_scale_O),
+        cast(shift_O),
+    )
+
+
+class _LowRank:
+    """Stacked factors: A [T, ΣR, I] over all maps, and blocks of B, each with its ranks and its outputs.
+
+    Where few stacks are present one block holds all maps, zero off its diagonal: fewer products, hardly more bytes.
+    `runs` are the rows `[start, stop)` of each stack; where they are not of one height, rows are gathered and
+    scattered.
+    """
+
+    def __init__(self, maps: Sequence[Sequence[Folded]], sizes: Sequence[int], runs: Sequence[tuple[int, int]]) -> None:
+        ranks = [max(0 if f.A_RI is None else f.A_RI.shape[0] for f in column) for column in maps]
+        self.A_TRI = torch.cat(
+            [_padded([f.A_RI for f in column], r) for column, r in zip(maps, ranks, strict=True) if r], dim=1
+        )
+        self.blocks: list[tuple[slice, slice, Tensor]] = []
+        rank, out = 0, 0
+        for column, r, size in zip(maps, ranks, sizes, strict=True):
+            if r:
+                B_TRO = _padded([f.B_RO for f in column], r)
+                self.blocks.append((slice(rank, rank + r), slice(out, out + size), B_TRO))
+            rank, out = rank + r, out + size
+        if len(runs) <= FEW and len(self.blocks) > 1:
+            joint_TRO = self.A_TRI.new_zeros(len(runs), rank, out)
+            for ranks_, outs, B_TRO in self.blocks:
+                joint_TRO[:, ranks_, outs] = B_TRO
+            self.blocks = [(slice(0, rank), slice(0, out), joint_TRO)]
+        self.height = max(stop - start for start, stop in runs)
+        self.covers = runs[-1][1] if runs[0][0] == 0 and all(b - a == self.height for a, b in runs) else -1
+        if any(left[1] != right[0] for left, right in itertools.pairwise(runs)):
+            self.covers = -1
+        start_T1, stop_T1 = torch.tensor(runs, device=self.A_TRI.device)[:, :, None].unbind(1)
+        index_Tn = start_T1 + torch.arange(self.height, device=self.A_TRI.device)[None]
+        self.valid_n = (index_Tn < stop_T1).flatten().nonzero()[:, 0]
+        self.index_Tn = torch.where(index_Tn < stop_T1, index_Tn, start_T1)
+        self.place_n = self.index_Tn.flatten()[self.valid_n]
+
+    def add(self, x_NI: Tensor, y_NO: Tensor) -> None:
+        """Add `x Aᵀ B` to y in place."""
+        x_low, plain = x_NI.to(self.A_TRI.dtype), self.covers == x_NI.shape[0]
+        x_TnI = x_low.view(-1, self.height, x_low.shape[1]) if plain else x_low[self.index_Tn]
+        h_TnR = torch.bmm(x_TnI, self.A_TRI.mT)
+        for ranks, outs, B_TRO in self.blocks:
+            h = h_TnR if len(self.blocks) == 1 else h_TnR[..., ranks]
+            if not plain:
+                low_nO = torch.bmm(h, B_TRO).flatten(0, 1)[self.valid_n]
+                y_NO[:, outs].index_add_(0, self.place_n, low_nO.to(y_NO.dtype))
+                continue
+            y_TnO = y_NO[:, outs].view(-1, self.height, B_TRO.shape[2])
+            if y_NO.dtype == B_TRO.dtype:
+                y_TnO.baddbmm_(h, B_TRO)
+            else:
+                y_TnO.add_(torch.bmm(h, B_TRO))
+
+
+class GroupFactors:
+    """The updates of one group of maps, laid side by side. T distinct stacks, N rows, I in, O out of all maps together.
+
+    Args:
+        maps: for each map, the folded update of each distinct stack.
+        sizes: outputs of each map.
+        runs: for each distinct stack, its rows `[start, stop)`.
+        rows: rows of the batch.
+    """
+
+    def __init__(
+        self,
+        maps: Sequence[Sequence[Folded]],
+        sizes: Sequence[int],
+        runs: Sequence[tuple[int, int]],
+        rows: int,
+    ) -> None:
+        self.rows = rows
+        self.in_scale_NI = _rowwise([[f.in_scale_I for f in maps[0]]], [0], runs, rows, 1.0)
+        self.out_scale_NO = _rowwise([[f.out_scale_O for f in column] for column in maps], sizes, runs, rows, 1.0)
+        self.shift_NO = _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0)
+        present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
+        self.low: _LowRank | None = None
+        if present:
+            self.low = _LowRank([[column[t] for t in present] for column in maps], sizes, [runs[t] for t in present])
+
+    def scaled(self, x_NI: Tensor) -> Tensor:
+        """What the frozen maps read."""
+        return x_NI if self.in_scale_NI is None else (x_NI * self.in_scale_NI).to(x_NI.dtype)
+
+    def add(self, x_NI: Tensor, y_NO: Tensor) -> Tensor:
+        """The frozen maps' outputs, side by side, with every row's update; `y_NO` may be overwritten."""
+        if self.low is not None:
+            self.low.add(x_NI, y_NO)
+        if self.out_scale_NO is None and self.shift_NO is None:
+            return y_NO
+        out_NO = y_NO if self.out_scale_NO is None else y_NO * self.out_scale_NO
+        return (out_NO if self.shift_NO is None else out_NO + self.shift_NO).to(y_NO.dtype)
+
+
+def _padded(parts: Sequence[Tensor | None], rank: int) -> Tensor:
+    """Factors [r, width] of several stacks as one tensor [T, rank, width], missing rows zero."""
+    example = next(part for part in parts if part is not None)
+    if all(part is not None and part.shape[0] == rank for part in parts):
+        return torch.stack([part for part in parts if part is not None])
+    stacked = example.new_zeros(len(parts), rank, example.shape[1])
+    for t, part in enumerate(parts):
+        if part is not None:
+            stacked[t, : part.shape[0]] = part
+    return stacked
+
+
+def _rowwise(
+    maps: Sequence[Sequence[Tensor | None]],
+    sizes: Sequence[int],
+    runs: Sequence[tuple[int, int]],
+    rows: int,
+    neutral: float,
+) -> Tensor | None:
+    """The vectors of each row at all maps side by side, [N, Σ sizes]; None where no stack has one."""
+    example = next((part for column in maps for part in column if part is not None), None)
+    if example is None:
+        return None
+    sizes = sizes if sizes[0] else [example.shape[0]]
+    out = example.new_full((rows, sum(sizes)), neutral)
+    first = 0
+    for column, size in zip(maps, sizes, strict=True):
+        for part, (start, stop) in zip(column, runs, strict=True):
+            if part is not None:
+                out[start:stop, first : first + size] = part
+        first += size
+    return out
+
+
+def factors_of(
+    executor: Executor, sites: Sequence[str], stacks: Sequence[Stack]
+) -> tuple[GroupFactors | None, frozenset[int]]:
+    """The factors of the rows' stacks at maps of one input, and which of the maps must go the general way."""
+    runs: list[tuple[int, int]] = []
+    distinct: list[Stack] = []
+    for row, stack in enumerate(stacks):
+        if distinct and distinct[-1] == stack:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            distinct.append(stack)
+            runs.append((row, row + 1))
+    weight = executor.backbone.weight(sites[0]).matrix()
+    few = len(distinct) <= FEW and weight.device.type == "cpu"
+    dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
+    slow: set[int] = set()
+    maps: list[list[Folded]] = []
+    for i, site in enumerate(sites):
+        column = [_folded(executor, site, stack, dtype) for stack in distinct]
+        whole = [f for f in column if f is not None]
+        # the other maps of a group read the input unscaled
+        if len(whole) < len(column) or (len(sites) > 1 and any(f.in_scale_I is not None for f in whole)):
+            slow.add(i)
+            whole = [NOTHING] * len(distinct)
+        maps.append(whole)
+    if all(f is NOTHING for column in maps for f in column):
+        return None, frozenset(slow)
+    sizes = [executor.backbone.weight(site).matrix().shape[0] for site in sites]
+    return GroupFactors(maps, sizes, runs, len(stacks)), frozenset(slow)
+
+
+def _folded(executor: Executor, site: str, stack: Stack, dtype: torch.dtype) -> Folded | None:
+    """A stack's update at a site; None where it has no folded form."""
+    updates = [executor.lowered(adapter, site) for adapter in stack if site in adapter.layout.sites]
+    linear = [u for u in updates if isinstance(u, LinearUpdate)]
+    return fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING

@@ -1,0 +1,220 @@
+"""The fused linear node equals the update equation in plain autograd, forward and backward, for any mix of updates."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorica.core.update import LinearUpdate, LowRank
+from lorica.engine.linear import Base, Dropout, Part, adapted_linear, on_top, reference_linear
+
+I, O, N = 5, 4, 9  # noqa: E741
+RNG = torch.Generator()
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=RNG, dtype=dtype)
+
+
+def leaf(*shape: int) -> Tensor:
+    return rand(*shape).requires_grad_(True)
+
+
+def base(weight_OI: Tensor, bias_O: Tensor | None) -> Base:
+    return Base(lambda x: F.linear(x, weight_OI, bias_O), lambda dy: dy @ weight_OI.to(dy.dtype), bias_O)
+
+
+@st.composite
+def updates(draw: Any) -> tuple[LinearUpdate, list[Tensor]]:
+    """A random update and its leaves."""
+    RNG.manual_seed(draw(st.integers(0, 999)))
+    leaves: list[Tensor] = []
+
+    def maybe(*shape: int) -> Tensor | None:
+        if not draw(st.booleans()):
+            return None
+        leaves.append(leaf(*shape))
+        return leaves[-1]
+
+    factors = []
+    for _ in range(draw(st.integers(0, 2))):
+        rank = draw(st.integers(1, 3))
+        A, B = leaf(rank, I), leaf(O, rank)
+        leaves.extend((A, B))
+        factors.append(LowRank(A, B, draw(st.sampled_from([1.0, -0.5, 2.0])), maybe(rank), maybe(O)))
+    update = LinearUpdate(tuple(factors), maybe(O, I), maybe(I), maybe(O), maybe(O), scale_bias=draw(st.booleans()))
+    return update, leaves
+
+
+@st.composite
+def batches(draw: Any) -> tuple[list[Part], list[list[Tensor]]]:
+    """Segments of a batch of N positions, with base positions between them; neighbours may share an update."""
+    edges = sorted(draw(st.sets(st.integers(0, N), min_size=2, max_size=5)))
+    parts, leaves = [], []
+    for start, stop in itertools.pairwise(edges):
+        if draw(st.integers(0, 3)):
+            update, own = draw(updates())
+            parts.append(Part(start, stop, update))
+            leaves.append(own)
+    return parts, leaves
+
+
+@settings(max_examples=150)
+@given(batches(), st.booleans(), st.booleans())
+def test_any_mix_of_updates_equals_the_equation(
+    batch: tuple[list[Part], list[list[Tensor]]], with_bias: bool, train_x: bool
+) -> None:
+    parts, owned = batch
+    weight, bias = rand(O, I), rand(O) if with_bias else None
+    x = rand(N, I).requires_grad_(train_x)
+    leaves = [t for own in owned for t in own]
+    y = adapted_linear(x, base(weight, bias), parts)
+    reference = []
+    for n in range(N):
+        part = next((p for p in parts if p.start <= n < p.stop), None)
+        row = x[n : n + 1]
+        reference.append(
+            F.linear(row, weight, bias) if part is None else reference_linear(row, weight, bias, part.update)
+        )
+    expected = torch.cat(reference)
+    torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
+    wanted = [t for t in [x, *leaves] if t.requires_grad]
+    if not wanted or not y.requires_grad:
+        return
+    dy = rand(N, O)
+    found = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+    right = (
+        torch.autograd.grad(expected, wanted, dy, allow_unused=True) if expected.requires_grad else [None] * len(wanted)
+    )
+    for one, two in zip(found, right, strict=True):
+        zero = torch.zeros(1, dtype=torch.float64)
+        torch.testing.assert_close(zero if one is None else one, zero if two is None else two, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60)
+@given(updates(), st.booleans())
+def test_the_equation_is_the_effective_weight(made: tuple[LinearUpdate, list[Tensor]], with_bias: bool) -> None:
+    update, _ = made
+    weight, bias = rand(O, I), rand(O) if with_bias else None
+    x = rand(N, I)
+    b = update.effective_bias(bias)
+    expected = F.linear(x, update.effective(weight), b)
+    torch.testing.assert_close(reference_linear(x, weight, bias, update), expected, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=40)
+@given(updates(), updates(), st.booleans())
+def test_an_update_on_top_of_another_is_the_composition_of_effective_weights(
+    lower: tuple[LinearUpdate, list[Tensor]], upper: tuple[LinearUpdate, list[Tensor]], with_bias: bool
+) -> None:
+    weight, bias, x = rand(O, I), rand(O) if with_bias else None, rand(N, I)
+    below, above = lower[0], upper[0]
+    x_in = x if above.in_scale_I is None else x * above.in_scale_I
+    middle = below.effective_bias(bias)
+    y = on_top(x, reference_linear(x_in, weight, bias, below), middle, above)
+    expected = F.linear(x, above.effective(below.effective(weight)), above.effective_bias(middle))
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+
+
+def low_rank(rank: int = 2, **fields: Any) -> tuple[LinearUpdate, Tensor, Tensor]:
+    A, B = leaf(rank, I), leaf(O, rank)
+    return LinearUpdate((LowRank(A, B, 0.5),), **fields), A, B
+
+
+def test_equal_segments_through_one_batched_product_equal_each_alone() -> None:
+    RNG.manual_seed(1)
+    weight, x = rand(O, I), leaf(6, I)
+    made = [low_rank() for _ in range(3)]
+    parts = [Part(2 * i, 2 * i + 2, update) for i, (update, _, _) in enumerate(made)]
+    y = adapted_linear(x, base(weight, None), parts)
+    pieces = [reference_linear(x[2 * i : 2 * i + 2], weight, None, update) for i, (update, _, _) in enumerate(made)]
+    torch.testing.assert_close(y, torch.cat(pieces), rtol=1e-12, atol=1e-12)
+    leaves = [x] + [t for _, A, B in made for t in (A, B)]
+    dy = rand(6, O)
+    for one, two in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(torch.cat(pieces), leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_a_mask_is_the_same_in_backward_as_in_forward_and_keeps_the_mean() -> None:
+    RNG.manual_seed(2)
+    update, A, B = low_rank(dropout=0.5)
+    weight, x, drop = rand(O, I), leaf(N, I), Dropout(0.5, 7, 0, N)
+    y = adapted_linear(x, base(weight, None), [Part(0, N, update, drop)])
+    masked = drop(x)
+    expected = x @ weight.T + 0.5 * (masked @ A.T) @ B.T
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    dy = rand(N, O)
+    for one, two in zip(
+        torch.autograd.grad(y, [x, A, B], dy), torch.autograd.grad(expected, [x, A, B], dy), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    ones = torch.ones(4000, 5)
+    dropped = Dropout(0.25, 3, 0, 4000)(ones)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
+
+
+@given(st.integers(0, 8), st.integers(1, 8))
+def test_a_mask_of_some_rows_is_those_rows_of_the_whole_mask(offset: int, count: int) -> None:
+    whole = Dropout(0.5, 11, 0, 20)(torch.ones(20, 3))
+    part = Dropout(0.5, 11, offset, 20)(torch.ones(count, 3))
+    assert torch.equal(part, whole[offset : offset + count])
+
+
+def test_nothing_but_x_is_saved_for_a_plain_low_rank_update() -> None:
+    RNG.manual_seed(3)
+    update, A, B = low_rank()
+    x, weight = leaf(N, I), rand(O, I)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        adapted_linear(x, base(weight, None), [Part(0, N, update)])
+    assert {t.data_ptr() for t in saved} <= {x.data_ptr(), A.data_ptr(), B.data_ptr()}
+
+
+def test_adapter_arithmetic_in_float32_on_a_half_base_is_rounded_once() -> None:
+    RNG.manual_seed(4)
+    A, B = rand(2, I, dtype=torch.float32), rand(O, 2, dtype=torch.float32)
+    x, weight = rand(N, I).bfloat16(), rand(O, I).bfloat16()
+    update = LinearUpdate((LowRank(A, B, 0.5),))
+    y = adapted_linear(x, base(weight, None), [Part(0, N, update)], torch.float32)
+    expected = (F.linear(x, weight).float() + 0.5 * (x.float() @ A.T) @ B.T).bfloat16()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2**-7, atol=1e-6)
+
+
+def test_gradients_have_the_masters_dtype_whatever_the_activations_are() -> None:
+    RNG.manual_seed(5)
+    A = rand(2, I, dtype=torch.float32).requires_grad_(True)
+    B = rand(O, 2, dtype=torch.float32).requires_grad_(True)
+    x, weight = rand(N, I).bfloat16().requires_grad_(True), rand(O, I).bfloat16()
+    adapted_linear(x, base(weight, None), [Part(0, N, LinearUpdate((LowRank(A, B),)))]).sum().backward()
+    assert A.grad is not None and A.grad.dtype == torch.float32
+    assert x.grad is not None and x.grad.dtype == torch.bfloat16
+
+
+def test_a_segment_that_is_scaled_leaves_its_neighbours_and_the_caller_alone() -> None:
+    RNG.manual_seed(6)
+    x, weight = rand(N, I), rand(O, I)
+    before = x.clone()
+    dy = rand(N, O)
+    kept = dy.clone()
+    scale = leaf(O)
+    x.requires_grad_(True)
+    y = adapted_linear(x, base(weight, None), [Part(2, 5, LinearUpdate(out_scale_O=scale, in_scale_I=leaf(I)))])
+    y.backward(dy)
+    assert torch.equal(x.detach(), before) and torch.equal(dy, kept)
+    assert torch.equal(y[:2], F.linear(x, weight)[:2]) and torch.equal(y[5:], F.linear(x, weight)[5:])

@@ -1,0 +1,88 @@
+"""From logits to tokens: truncation, draws and their log-probabilities."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorica.sampling.logits import generators, pick, truncate
+from lorica.sampling.params import SamplingParams
+
+
+def scores(seed, rows=3, tokens=11):
+    return torch.randn(rows, tokens, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 15))
+def test_top_k_keeps_the_k_likeliest(seed, k):
+    logits = scores(seed)
+    kept = truncate(logits, SamplingParams(top_k=k)).isfinite()
+    assert kept.sum(-1).tolist() == [min(k, 11)] * 3
+    assert torch.equal(kept, torch.zeros_like(kept).scatter(-1, logits.topk(min(k, 11), -1).indices, True))
+
+
+@given(seed=st.integers(0, 10_000), p=st.floats(0.01, 0.999))
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(seed, p):
+    logits = scores(seed).double()
+    kept = truncate(logits, SamplingParams(top_p=p)).isfinite()
+    probabilities = logits.softmax(-1)
+    for row, mask in zip(probabilities, kept, strict=True):
+        mass = float(row[mask].sum())
+        assert mass >= p - 1e-9
+        assert mass - float(row[mask].min()) < p + 1e-9
+        assert not (~mask).any() or float(row[mask].min()) >= float(row[~mask].max())
+
+
+@given(seed=st.integers(0, 10_000))
+def test_log_probabilities_are_the_models_own_whatever_the_temperature(seed):
+    logits = scores(seed)
+    for params in (SamplingParams(), SamplingParams(temperature=0.7, top_k=4)):
+        chosen, logprob = pick(logits, params, generators(3, params))
+        assert torch.equal(logprob, logits.log_softmax(-1).gather(-1, chosen[:, None])[:, 0])
+
+
+def test_greedy_takes_the_likeliest_and_a_tiny_top_p_does_too():
+    logits = scores(4)
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=1.0, top_p=1e-9),
+        SamplingParams(temperature=3.0, top_k=1),
+    ):
+        assert torch.equal(pick(logits, params, generators(3, params))[0], logits.argmax(-1))
+
+
+def test_draws_follow_the_distribution():
+    logits = scores(2, rows=1, tokens=5)
+    params = SamplingParams(temperature=1.5)
+    rngs = generators(1, params)
+    draws = torch.stack([pick(logits, params, rngs)[0][0] for _ in range(4000)])
+    share = torch.bincount(draws, minlength=5) / 4000
+    # five standard deviations of a share at p = 1/2
+    assert float((share - (logits / 1.5).softmax(-1)[0]).abs().max()) < 5 * 0.5 / 4000**0.5
+
+
+def test_a_token_outside_the_truncation_is_never_drawn():
+    logits = scores(3, rows=1)
+    params = SamplingParams(temperature=5.0, top_k=3)
+    allowed, rngs = set(logits.topk(3, -1).indices[0].tolist()), generators(1, params)
+    assert {int(pick(logits, params, rngs)[0]) for _ in range(200)} == allowed
+
+
+def test_a_rows_draws_depend_on_its_seed_and_place_alone():
+    def numbers(rngs):
+        return [torch.rand((), generator=rng).item() for rng in rngs]
+
+    four, two = numbers(generators(4, SamplingParams(seed=7))), numbers(generators(2, SamplingParams(seed=7)))
+    assert four[:2] == two
+    assert len(set(four)) == 4
+    assert numbers(generators(1, SamplingParams(), seed=7)) == four[:1]
+    assert numbers(generators(1, SamplingParams(seed=2**70))) != numbers(generators(1, SamplingParams()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_logits_of_any_dtype_are_accepted(dtype):
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    chosen, logprob = pick(scores(1).to(dtype), params, generators(3, params))
+    assert chosen.shape == logprob.shape == (3,)
