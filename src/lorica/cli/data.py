@@ -27,7 +27,13 @@ def command() -> None:
     "-n", "--rows", type=click.IntRange(min=1), default=3, show_default=True, help="Rows that --tokens shows."
 )
 @click.option("--max-length", type=int, default=1024, show_default=True, help="Length limit whose cost is reported.")
-@click.option("--train-on", type=click.Choice(("assistant", "last", "all")), default="assistant", show_default=True)
+@click.option(
+    "--train-on",
+    type=click.Choice(("assistant", "last", "all")),
+    default="assistant",
+    show_default=True,
+    help="Which turns of a conversation have weight.",
+)
 @json_option
 def show(file: str, model: str, tokens: bool, rows: int, max_length: int, train_on: Any, as_json: bool) -> None:
     """Show the recognised shape, the first row, truncation and statistics of FILE.
