@@ -1,7 +1,7 @@
 """The loss head: cross-entropy of hidden states against an output embedding, without the logits of a whole batch.
 
-In: hidden states, the head (a frozen matrix, or any callable), targets and loss weights. Out: the weighted sum of
-−log p and every log-probability, exact. Refuses to know models and adapters.
+In: hidden states, the head (products with a frozen matrix, or any callable), targets and loss weights. Out: the
+weighted sum of −log p and every log-probability, exact. Refuses to know models and adapters.
 """
 
 from __future__ import annotations
@@ -13,41 +13,81 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256
-"""Rows whose logits exist at one time."""
+CHUNK_BYTES = 2**24
+"""About the memory that one chunk's logits take, with their probabilities; larger chunks are slower, not faster, for
+an allocator takes such blocks from the system and gives them back each time.
+"""
+ROWS = (32, 512)
+"""Least and most rows of a chunk: products of fewer are slow, and more do not make them faster."""
+
+Product = Callable[[Tensor], Tensor]
 
 
 def linear_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, *, chunk: int = CHUNK
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    weights_N: Tensor,
+    *,
+    forward: Product | None = None,
+    back: Product | None = None,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`loss = Σ_i w_i (logsumexp_v(W h_i) − (W h_i)[t_i])` for a frozen head, in natural-log units.
+    """`loss = Σ_i w_i (logsumexp_v(W h_i) − (W h_i)[t_i])` for a frozen head, in nats.
 
     Returns (loss, log-probabilities [N] in float32, detached). The gradient with respect to `hidden` is made in the
-    forward pass, so that logits of at most `chunk` rows ever exist.
+    forward pass, so that logits of at most `chunk` rows ever exist; without `chunk`, as many as `CHUNK_BYTES` hold.
+    `forward` and `back` stand in for the products `h Wᵀ` and `d W` (a weight laid out for the CPU's kernels).
     """
-    loss, logprobs_N = cast(Any, _LinearCrossEntropy).apply(hidden_ND, weight_VD, targets_N, weights_N, chunk)
+    rows = chunk or chunk_rows(weight_VD.shape[0], hidden_ND.element_size())
+    loss, logprobs_N = cast(Any, _LinearCrossEntropy).apply(
+        hidden_ND,
+        targets_N,
+        weights_N,
+        forward or (lambda h: h @ weight_VD.T),
+        (back or (lambda d: d @ weight_VD)) if torch.is_grad_enabled() and hidden_ND.requires_grad else None,
+        rows,
+    )
     return loss, logprobs_N
+
+
+def chunk_rows(vocabulary: int, element: int) -> int:
+    """Rows whose logits, float32 log-probabilities and probabilities fit into `CHUNK_BYTES`."""
+    fitting = CHUNK_BYTES // (vocabulary * (2 * element + 4))
+    return max(ROWS[0], min(ROWS[1], fitting // 16 * 16))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, chunk: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor,
+        forward: Product,
+        back: Product | None,
+        chunk: int,
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         logprobs_N = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
-        dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        dhidden_ND = None if back is None else torch.empty_like(hidden_ND)
+        # two buffers for all chunks: fresh memory of this size costs more than what is computed in it
+        logp_buffer, p_buffer = torch.empty(0, dtype=wide), torch.empty(0, dtype=hidden_ND.dtype)
         for start in range(0, hidden_ND.shape[0], chunk):
             span = slice(start, start + chunk)
-            logits_CV = (hidden_ND[span] @ weight_VD.T).to(wide)
-            lse_C = logits_CV.logsumexp(-1)
+            logits_CV = forward(hidden_ND[span])
+            if not start:
+                logp_buffer, p_buffer = torch.empty_like(logits_CV, dtype=wide), torch.empty_like(logits_CV)
+            logp_CV = logp_buffer[: logits_CV.shape[0]].copy_(logits_CV)
+            torch.log_softmax(logp_CV, -1, out=logp_CV)
             target_C1 = targets_N[span, None]
-            logprobs_N[span] = logits_CV.gather(1, target_C1)[:, 0] - lse_C
-            if dhidden_ND is not None:
-                p_CV = logits_CV.sub_(lse_C[:, None]).exp_()
-                p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1.0))
-                p_CV.mul_(weights_N[span, None].to(wide))
-                dhidden_ND[span] = p_CV.to(weight_VD.dtype) @ weight_VD
+            logp_C1 = logp_CV.gather(1, target_C1)
+            logprobs_N[span] = logp_C1[:, 0]
+            if back is not None and dhidden_ND is not None:
+                p_CV = p_buffer[: logits_CV.shape[0]].copy_(logp_CV.exp_())
+                # p − 1 of the target apart: p itself may be rounded to 1
+                p_CV.scatter_(1, target_C1, logp_C1.expm1().to(p_CV.dtype))
+                torch.mul(back(p_CV), weights_N[span, None], out=dhidden_ND[span])
         if dhidden_ND is not None:
             ctx.save_for_backward(dhidden_ND)
         ctx.mark_non_differentiable(logprobs_N)
@@ -56,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden_ND,) = ctx.saved_tensors
-        return dhidden_ND * grads[0].to(dhidden_ND.dtype), None, None, None, None
+        return dhidden_ND * grads[0].to(dhidden_ND.dtype), None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -65,7 +105,7 @@ def chunked_cross_entropy(
     targets_N: Tensor,
     weights_N: Tensor,
     *,
-    chunk: int = CHUNK,
+    chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """The same for a head that is trained or transforms its logits; each chunk's logits are made again in the
     backward pass.
