@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.adapters.adapter import Adapter
+from lorica.engine.equation import Dropout
 from lorica.engine.executor import Work
 from lorica.engine.host import Host
-from lorica.engine.linear import Dropout
 from lorica.engine.route import Route
 from lorica.methods import make_method
 from lorica.models import tiny

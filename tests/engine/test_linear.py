@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorica.core.update import LinearUpdate, LowRank
-from lorica.engine.linear import Base, Dropout, Part, adapted_linear, on_top, reference_linear
+from lorica.engine.equation import Dropout, on_top, reference_linear
+from lorica.engine.linear import Base, Part, adapted_linear
 
 I, O, N = 5, 4, 9  # noqa: E741
 RNG = torch.Generator()
@@ -170,7 +171,114 @@ def test_a_mask_of_some_rows_is_those_rows_of_the_whole_mask(offset: int, count:
     assert torch.equal(part, whole[offset : offset + count])
 
 
-def test_nothing_but_x_is_saved_for_a_plain_low_rank_update() -> None:
+@settings(max_examples=100)
+@given(st.data(), st.booleans(), st.booleans())
+def test_several_maps_of_one_input_are_each_map_alone(data: Any, with_bias: bool, equal_segments: bool) -> None:
+    sizes = (O, 3, 2)
+    RNG.manual_seed(data.draw(st.integers(0, 999)))
+    weights, x = [rand(size, I) for size in sizes], leaf(N, I)
+    biases = [rand(size) if with_bias else None for size in sizes]
+    joint_bias = torch.cat([b for b in biases if b is not None]) if with_bias else None
+    joint = Base(
+        lambda x: torch.cat([F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)], 1),
+        lambda dy: dy @ torch.cat(weights),
+        joint_bias,
+        sizes,
+    )
+    edges = [0, 3, 6, 9] if equal_segments else [0, 2, 3, 7]
+    shared = rand(2, I)  # a frozen factor that every map reads
+    parts: list[Part] = []
+    leaves: list[Tensor] = [x]
+    for start, stop in itertools.pairwise(edges):
+        rank = data.draw(st.integers(1, 3))
+        for index, size in enumerate(sizes):
+            factors = []
+            if equal_segments or data.draw(st.booleans()):
+                A, B = leaf(rank, I), leaf(size, rank)
+                factors.append(LowRank(A, B, 0.5))
+                leaves += [A, B]
+            extra: dict[str, Tensor] = {}
+            if not equal_segments and data.draw(st.booleans()):
+                mid, post, frozen = leaf(2), leaf(size), rand(size, 2)
+                factors.append(LowRank(shared, frozen, 2.0, mid, post))
+                extra = {"out_scale_O": leaf(size), "bias_O": leaf(size)}
+                leaves += [mid, post, *extra.values()]
+            if factors:
+                parts.append(Part(start, stop, LinearUpdate(tuple(factors), **extra), map=index))
+    found = adapted_linear(x, joint, parts).split(sizes, dim=1)
+    expected = [
+        adapted_linear(
+            x,
+            base(weights[index], biases[index]),
+            [Part(p.start, p.stop, p.update) for p in parts if p.map == index],
+        )
+        for index in range(len(sizes))
+    ]
+    dys = [rand(N, size) for size in sizes]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+    if not parts:
+        return
+    ours = torch.autograd.grad(found, leaves, dys)
+    theirs = torch.autograd.grad(expected, leaves, dys)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+
+
+@given(updates(), st.booleans())
+def test_an_input_that_is_made_within_the_node_is_that_input_made_outside(
+    made: tuple[LinearUpdate, list[Tensor]], with_bias: bool
+) -> None:
+    update, leaves = made
+    weight, bias = rand(O, I), rand(O) if with_bias else None
+    gate, up = leaf(N, I), leaf(N, I)
+    parts = [Part(2, 7, update)]
+    found = adapted_linear([gate, up], base(weight, bias), parts, make=lambda g, u: F.silu(g) * u)
+    expected = adapted_linear(F.silu(gate) * up, base(weight, bias), parts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    dy = rand(N, O)
+    for one, two in zip(
+        torch.autograd.grad(found, [gate, up, *leaves], dy),
+        torch.autograd.grad(expected, [gate, up, *leaves], dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+
+
+def test_equal_segments_of_different_rank_are_filled_up_and_keep_their_own_gradients() -> None:
+    RNG.manual_seed(8)
+    weight, x = rand(O, I), leaf(6, I)
+    made = [low_rank(rank) for rank in (1, 3, 2)]
+    parts = [Part(2 * i, 2 * i + 2, update) for i, (update, _, _) in enumerate(made)]
+    y = adapted_linear(x, base(weight, None), parts)
+    pieces = [reference_linear(x[2 * i : 2 * i + 2], weight, None, update) for i, (update, _, _) in enumerate(made)]
+    torch.testing.assert_close(y, torch.cat(pieces), rtol=1e-12, atol=1e-12)
+    leaves = [t for _, A, B in made for t in (A, B)]
+    dy = rand(6, O)
+    for one, two in zip(
+        torch.autograd.grad(y, leaves, dy), torch.autograd.grad(torch.cat(pieces), leaves, dy), strict=True
+    ):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+
+
+def test_a_plain_low_rank_update_saves_x_and_rank_values_a_token() -> None:
+    RNG.manual_seed(3)
+    wide = 64
+    A, B = leaf(2, wide), leaf(O, 2)
+    x, weight = leaf(N, wide), rand(O, wide)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        adapted_linear(x, base(weight, None), [Part(0, N, LinearUpdate((LowRank(A, B),)))])
+    own = {x.data_ptr(), A.data_ptr(), B.data_ptr()}
+    assert [t.numel() for t in saved if t.data_ptr() not in own] == [N * 2]
+
+
+def test_nothing_but_x_is_saved_where_the_rank_is_large_beside_the_width() -> None:
     RNG.manual_seed(3)
     update, A, B = low_rank()
     x, weight = leaf(N, I), rand(O, I)
@@ -183,6 +291,20 @@ def test_nothing_but_x_is_saved_for_a_plain_low_rank_update() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         adapted_linear(x, base(weight, None), [Part(0, N, update)])
     assert {t.data_ptr() for t in saved} <= {x.data_ptr(), A.data_ptr(), B.data_ptr()}
+
+
+def test_base_positions_alone_save_nothing() -> None:
+    x, weight = leaf(N, I), rand(O, I)
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = adapted_linear(x, base(weight, None), [])
+    assert not saved
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones(N, O, dtype=torch.float64) @ weight)
 
 
 def test_adapter_arithmetic_in_float32_on_a_half_base_is_rounded_once() -> None:

@@ -80,12 +80,6 @@ class AttentionHub:
         for attention in self._modules:
             attention.__dict__.pop("_lorica_hub", None)
 
-    @property
-    def lengths(self) -> tuple[int, ...] | None:
-        """Lengths of the sequences that lie end to end in the present pass; None where rows are a batch."""
-        route = self.executor.live_route()
-        return None if route is None else route.lengths
-
     def prefix_lengths(self, rows: int) -> list[int]:
         """Virtual tokens that each row's prefixes put before it.
 
@@ -111,8 +105,11 @@ class AttentionHub:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        site = self.sites.get(module)
-        lengths = self.lengths
+        assert self.inner is not None
+        route = self.executor.live_route()
+        if route is None:
+            return self.inner(module, query, key, value, attention_mask, **kwargs)
+        site, lengths = self.sites.get(module), route.lengths
         if lengths is not None:
             found = self._prefixes(site, len(lengths))
             pairs = [_joined(found[row]) if row in found else None for row in range(len(lengths))]
@@ -121,7 +118,6 @@ class AttentionHub:
             return packed_attention(module, query, key, value, lengths=lengths, prefixes=pairs, **kwargs), None
         if self.cache is not None:
             return self.cache.attend(module, query, key, value, **kwargs), None
-        assert self.inner is not None
         prefixes = self._prefixes(site, query.shape[0])
         if not prefixes:
             return self.inner(module, query, key, value, attention_mask, **kwargs)

@@ -18,6 +18,8 @@ from lorica.core.update import SoftPrompt
 from lorica.data.example import Example
 from lorica.data.packing import Packed, collate
 from lorica.engine.attention import without_mask
+from lorica.engine.fast import fast_modules
+from lorica.engine.groups import group_of
 from lorica.engine.host import Host, RowSpec
 from lorica.training.loss_head import chunked_cross_entropy, linear_cross_entropy
 
@@ -102,6 +104,7 @@ class Engine:
         with (
             torch.set_grad_enabled(backward),
             self.host.rows([item.adapter for item in items], lengths=packed.lengths.tolist()),
+            fast_modules(self.host.executor),
         ):
             hidden_ND = self.hidden(packed)
             loss, logprobs_N = self._head(hidden_ND, targets_N, weights_N)
@@ -174,7 +177,9 @@ class Engine:
         assert backbone.head is not None
         if self.host.covers_head() or backbone.transforms_logits:
             return chunked_cross_entropy(hidden_ND, self.host.windowed(self._logits), targets_N, weights_N)
-        return linear_cross_entropy(hidden_ND, backbone.head.weight, targets_N, weights_N)
+        group = group_of(self.host.executor, backbone.head)
+        forward, back = (None, None) if group is None else (group.maps.forward, group.maps.back)
+        return linear_cross_entropy(hidden_ND, backbone.head.weight, targets_N, weights_N, forward=forward, back=back)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         backbone = self.host.backbone

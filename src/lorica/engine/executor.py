@@ -17,7 +17,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.core.errors import RouteError
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate, Update
-from lorica.engine.linear import Dropout
+from lorica.engine.equation import Dropout
 from lorica.engine.route import Route, Segment
 from lorica.models.backbone import Backbone
 

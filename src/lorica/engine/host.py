@@ -223,8 +223,7 @@ class Host:
 
     def covers_head(self) -> bool:
         """Whether some adapter acts on the output embedding, so that logits must go through its hooks."""
-        head = self.backbone.head
-        return head is not None and "forward" in head.__dict__
+        return any(forward.module is self.backbone.head for forward in self._hooks.forwards.values())
 
     def train(self, mode: bool = True) -> Host:
         """Training mode: adapters' dropout acts. The backbone's own dropout acts too, as in any torch module."""

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: no sequence sees another, and no padding is computed.
+"""Attention over packed sequences: no sequence sees another, and next to no padding is computed.
 
 In: queries, keys and values of sequences laid end to end, their lengths, and each sequence's prefix, if it has one.
 Out: attention outputs in the same order. Refuses to know adapters, methods and models.
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorica.core.errors import MethodError
+from lorica.engine.buckets import plan
+from lorica.engine.short_attention import short_attention, worth_it
 
 Prefix = tuple[Tensor, Tensor] | None
 """Keys and values [P, kv heads, head dim] that stand before one sequence's own."""
@@ -36,57 +37,89 @@ def packed_attention(
 ) -> Tensor:
     """`softmax(q kᵀ · scaling) v` within each sequence. Returns [1, N, heads, head dim].
 
-    Sequences of equal length and prefix length go through one call. `sliding_window` is the number of own keys that a
-    token sees, itself included; prefixes are always seen. Raises MethodError for soft caps and attention sinks.
+    Causal sequences of nearly equal length go through one call, padded. `sliding_window` is the number of own keys
+    that a token sees, itself included; prefixes are always seen. `softcap` c turns scores s into `c · tanh(s / c)`
+    (Gemma 2); `s_aux` [heads] are scores of a sink that has no value (GPT-OSS).
     """
-    if softcap is not None or s_aux is not None:
-        raise MethodError(
-            f"{type(module).__name__} caps its attention scores or has attention sinks; packed batches cannot do that "
-            "yet.",
-            hint="Call the model itself with padded rows instead.",
-        )
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
-    heads, groups = q_1HNK.shape[1], k_1GNK.shape[1]
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    buckets: dict[tuple[int, int], list[int]] = {}
-    for row, length in enumerate(lengths):
-        prefix = prefixes[row]
-        buckets.setdefault((length, 0 if prefix is None else prefix[0].shape[0]), []).append(row)
-    outputs: list[Tensor | None] = [None] * len(lengths)
-    for (length, extra), rows in buckets.items():
-        q_SHTK, k_SGTK, v_SGTK = (
-            torch.stack([x[0, :, starts[row] : starts[row] + length] for row in rows]) for x in (q_1HNK, k_1GNK, v_1GNK)
-        )
-        if extra:
-            k_SGTK = torch.cat([_stacked(prefixes, rows, 0).to(k_SGTK.dtype), k_SGTK], dim=2)
-            v_SGTK = torch.cat([_stacked(prefixes, rows, 1).to(v_SGTK.dtype), v_SGTK], dim=2)
-        mask_TS = _mask(length, extra, causal, sliding_window, q_1HNK.device)
-        y_SHTK = F.scaled_dot_product_attention(
-            q_SHTK,
-            k_SGTK.repeat_interleave(heads // groups, dim=1),
-            v_SGTK.repeat_interleave(heads // groups, dim=1),
-            attn_mask=mask_TS,
-            is_causal=causal and mask_TS is None,
-            scale=scaling,
-        )
-        for row, y_HTK in zip(rows, y_SHTK, strict=True):
-            outputs[row] = y_HTK.transpose(0, 1)
-    return torch.cat([y for y in outputs if y is not None])[None]
+    scale = q_1HNK.shape[-1] ** -0.5 if scaling is None else scaling
+    q_NHK, k_NGK, v_NGK = (x[0].transpose(0, 1) for x in (q_1HNK, k_1GNK, v_1GNK))
+    extra = tuple(0 if prefix is None else prefix[0].shape[0] for prefix in prefixes)
+    found = plan(tuple(lengths), extra, causal)
+    pieces = []
+    for bucket in found.buckets:
+        q, k, v = (bucket.spread(x) for x in (q_NHK, k_NGK, v_NGK))
+        own = [prefix for prefix in (prefixes[row] for row in bucket.rows) if prefix is not None]
+        if not own and causal and softcap is None and s_aux is None and worth_it(q, bucket.width):
+            y_STHK = short_attention(q, k, v, scale, sliding_window)
+        else:
+            mask = _mask(bucket.width, own, causal, sliding_window, q.device)
+            y_STHK = _attention(q, k, v, own, scale, mask, softcap, s_aux)
+        pieces.append(bucket.gather(y_STHK))
+    return found.join(pieces)[None]
 
 
-def _stacked(prefixes: Sequence[Prefix], rows: list[int], part: int) -> Tensor:
-    """Keys (0) or values (1) of the prefixes of some rows: [rows, kv heads, P, head dim]."""
-    found = [prefix[part] for prefix in (prefixes[row] for row in rows) if prefix is not None]
-    return torch.stack(found).transpose(1, 2)
+def _attention(
+    q_STHK: Tensor,
+    k_STGK: Tensor,
+    v_STGK: Tensor,
+    prefixes: Sequence[tuple[Tensor, Tensor]],
+    scale: float,
+    mask: Tensor | bool,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention of equally long sequences behind their prefixes, [S, T, H, K]. A mask of True is torch's causal one."""
+    q_SHTK, k_SGTK, v_SGTK = (x.transpose(1, 2) for x in (q_STHK, k_STGK, v_STGK))
+    if prefixes:
+        k_SGTK = torch.cat([_stacked(prefixes, 0).to(k_SGTK.dtype), k_SGTK], dim=2)
+        v_SGTK = torch.cat([_stacked(prefixes, 1).to(v_SGTK.dtype), v_SGTK], dim=2)
+    repeats = q_SHTK.shape[1] // k_SGTK.shape[1]
+    k_SHTK, v_SHTK = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_SGTK, v_SGTK))
+    if softcap is not None or s_aux is not None:
+        return _unusual(q_SHTK, k_SHTK, v_SHTK, scale, mask, softcap, s_aux).transpose(1, 2)
+    seen, causal = (None, mask) if isinstance(mask, bool) else (mask, False)
+    y_SHTK = F.scaled_dot_product_attention(q_SHTK, k_SHTK, v_SHTK, attn_mask=seen, is_causal=causal, scale=scale)
+    return y_SHTK.transpose(1, 2)
 
 
-def _mask(length: int, extra: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """The mask [T, P + T] where SDPA's own causal flag does not say it; None where it does."""
+def _unusual(
+    q_SHTK: Tensor,
+    k_SHTK: Tensor,
+    v_SHTK: Tensor,
+    scale: float,
+    mask: Tensor | bool,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """What no fused kernel has: capped scores, and a sink in the softmax."""
+    scores_SHTT = (q_SHTK @ k_SHTK.mT) * scale
+    if softcap is not None:
+        scores_SHTT = torch.tanh(scores_SHTT / softcap) * softcap
+    if isinstance(mask, bool):
+        mask = scores_SHTT.new_ones(scores_SHTT.shape[-2:], dtype=torch.bool).tril() if mask else mask
+    if isinstance(mask, Tensor):
+        scores_SHTT = scores_SHTT.masked_fill(~mask, torch.finfo(scores_SHTT.dtype).min)
+    if s_aux is not None:
+        sink_SHT1 = s_aux.to(scores_SHTT.dtype).view(1, -1, 1, 1).expand(*scores_SHTT.shape[:3], 1)
+        scores_SHTT = torch.cat([scores_SHTT, sink_SHT1], dim=-1)
+    weights = torch.softmax(scores_SHTT, -1, dtype=torch.promote_types(scores_SHTT.dtype, torch.float32))
+    return weights[..., : k_SHTK.shape[2]].to(v_SHTK.dtype) @ v_SHTK
+
+
+def _stacked(prefixes: Sequence[tuple[Tensor, Tensor]], part: int) -> Tensor:
+    """Keys (0) or values (1) of the prefixes: [rows, kv heads, P, head dim]."""
+    return torch.stack([prefix[part] for prefix in prefixes]).transpose(1, 2)
+
+
+def _mask(
+    length: int, prefixes: Sequence[tuple[Tensor, Tensor]], causal: bool, window: int | None, device: torch.device
+) -> Tensor | bool:
+    """The mask [T, P + T] where SDPA's own causal flag does not say it; else that flag."""
+    extra = prefixes[0][0].shape[0] if prefixes else 0
     narrow = window is not None and window < length
     if not extra and not narrow:
-        return None
+        return causal
     own_TT = torch.ones(length, length, dtype=torch.bool, device=device)
     if causal:
         own_TT = own_TT.tril()

@@ -1,7 +1,8 @@
-"""Frozen weights in the order that the CPU's matrix kernels read them, packed once.
+"""Frozen maps of one input, side by side, with weights in the order that the CPU's matrix kernels read them.
 
-In: frozen weights [out, in]. Out: products with them, a second copy in memory, only where that is known to be right.
-The kernels are private to torch, so a self-test guards them. Refuses to know sites and adapters.
+In: frozen weights [out, in] and biases. Out: products in both directions; packed weights are a copy for each, made on
+first use and only where that is known to be right: the kernels are private to torch, so a self-test guards them.
+Refuses to know sites and adapters.
 """
 
 from __future__ import annotations
@@ -20,28 +21,64 @@ SHARE = 4
 
 
 class PackedWeight:
-    """One or several weights over the same input, laid one below the other: `y = x [W₁; W₂; …]ᵀ + [b₁; b₂; …]`."""
+    """A weight [out, in] and a bias: `y = x Wᵀ + b`."""
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        joint_OI = torch.cat(list(weights)) if len(weights) > 1 else weights[0].contiguous()
-        self._packed: Tensor = _ops()._reorder_linear_weight(joint_OI, 1)
-        self._bias_O: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            self._bias_O = torch.cat(
-                [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            )
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        self._packed: Tensor = _ops()._reorder_linear_weight(weight_OI.contiguous(), 1)
+        self._bias_O = bias_O
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         y_NO: Tensor = _ops()._linear_pointwise(x_NI, self._packed, self._bias_O, "none", [], "")
         return y_NO
 
 
-def worth_packing(weights: Sequence[Tensor]) -> bool:
-    """Whether the weights can be packed here, and a second copy of them is a small part of the machine's memory."""
+class FrozenMaps:
+    """`forward(x)` is `[W₁x + b₁, W₂x + b₂, …]`, `back(dy)` is `Σ dy_k W_k`.
+
+    Attributes: `sizes` are the outputs of each map; `bias_O` is theirs side by side, or None; `packs` says whether the
+    products lay the weights out for the CPU's kernels.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)) -> None:
+        self.weights = list(weights)
+        self.sizes = tuple(w.shape[0] for w in weights)
+        self.bias_O: Tensor | None = None
+        if any(b is not None for b in biases):
+            parts = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            self.bias_O = torch.cat(parts)
+        self._biases = biases
+        self.packs = False
+        self._forward: PackedWeight | None = None
+        self._back: PackedWeight | None = None
+
+    def forward(self, x_NI: Tensor) -> Tensor:
+        """The outputs of all maps side by side [N, ΣO]."""
+        if self.packs:
+            if self._forward is None:
+                self._forward = PackedWeight(torch.cat(self.weights), self.bias_O)
+            return self._forward(x_NI)
+        ys = [F.linear(x_NI, w, b) for w, b in zip(self.weights, self._biases, strict=True)]
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
+
+    def back(self, dy_NO: Tensor) -> Tensor:
+        """The gradient of the input [N, I], from that of all outputs side by side."""
+        if self.packs:
+            if self._back is None:
+                self._back = PackedWeight(torch.cat(self.weights).T, None)
+            return self._back(dy_NO)
+        parts = dy_NO.split(self.sizes, dim=1)
+        dx_NI: Tensor = parts[0] @ self.weights[0]
+        for dy, weight in zip(parts[1:], self.weights[1:], strict=True):
+            dx_NI.addmm_(dy, weight)
+        return dx_NI
+
+
+def worth_packing(weights: Sequence[Tensor], *, copies: int = 1) -> bool:
+    """Whether the weights can be packed here, and `copies` of them are a small part of the machine's memory."""
     first = weights[0]
     if first.device.type != "cpu" or any(w.dtype != first.dtype or w.device != first.device for w in weights):
         return False
-    size = sum(w.numel() * w.element_size() for w in weights)
+    size = copies * sum(w.numel() * w.element_size() for w in weights)
     return can_pack(first.dtype) and size * SHARE <= _memory()
 
 
@@ -54,7 +91,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     x_NI, w_OI, b_O = (torch.randn(shape, generator=rng).to(dtype) for shape in ((3, 48), (40, 48), (40,)))
     try:
         with torch.no_grad():
-            got_NO = PackedWeight([w_OI[:24], w_OI[24:]], [b_O[:24], b_O[24:]])(x_NI)
+            got_NO = PackedWeight(w_OI, b_O)(x_NI)
     except (RuntimeError, AttributeError, NotImplementedError):  # another build of torch
         return False
     wanted_NO = F.linear(x_NI.double(), w_OI.double(), b_O.double())

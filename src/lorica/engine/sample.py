@@ -8,7 +8,7 @@ Prompts run through the engine's own packed pass, so no padding is computed and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +19,7 @@ from lorica.core.errors import DataError
 from lorica.core.update import SoftPrompt
 from lorica.data.packing import Packed
 from lorica.engine.attention import without_mask
-from lorica.engine.decode import FastLinears
+from lorica.engine.decode import stepwise_linears
 from lorica.engine.engine import Engine
 from lorica.engine.host import Host, RowSpec
 from lorica.engine.kv_cache import KVCache
@@ -154,11 +154,10 @@ class _Generation:
         """Fill in every row's sample."""
         hub = self.engine.hub
         hub.cache = self.cache
-        linears = FastLinears(self.host)
         try:
-            hidden_RD: Tensor | None = self._prompts(linears)
+            hidden_RD: Tensor | None = self._prompts()
             while self.batch:
-                with self.host.rows([row.adapter for row in self.batch]), linears:
+                with self.host.rows([row.adapter for row in self.batch]), stepwise_linears(self.host.executor):
                     self.host.begin()
                     self._until_thinner(hidden_RD)
                 hidden_RD = None
@@ -169,16 +168,14 @@ class _Generation:
         finally:
             hub.cache = None
 
-    def _prompts(self, linears: FastLinears) -> Tensor:
+    def _prompts(self) -> Tensor:
         """Run all prompts, in passes of bounded length. Returns the last hidden state of each row."""
         last: list[Tensor] = []
         for chunk in self._chunks():
             self.cache.filling = chunk
             rows = [self.batch[i] for i in chunk]
             lengths = [len(row.prompt) for row in rows]
-            with ExitStack() as stack:
-                stack.enter_context(self.host.rows([row.adapter for row in rows], lengths=lengths))
-                stack.enter_context(linears.watching())
+            with self.host.rows([row.adapter for row in rows], lengths=lengths):
                 hidden_ND = self.engine.hidden(_packed([row.prompt for row in rows]))
             last.append(hidden_ND[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
         return torch.cat(last)

@@ -18,8 +18,9 @@ from torch.func import functional_call
 
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate
+from lorica.engine.equation import Dropout, on_top
 from lorica.engine.executor import Executor, Work
-from lorica.engine.linear import Base, Dropout, Part, adapted_linear, on_top
+from lorica.engine.linear import Base, Part, adapted_linear
 
 
 class SiteForward(ABC):

@@ -1,0 +1,206 @@
+"""Which linear maps of a backbone are handed the same tensor, and their products side by side.
+
+In: a backbone, and one pass of two tokens that shows who shares an input. Out: groups (q, k and v; gate and up; single
+maps), kept with the backbone, with frozen weights laid out once for the CPU's kernels where that pays.
+Refuses to know adapters and batches.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorica.engine.executor import Executor
+from lorica.engine.prepack import FrozenMaps, worth_packing
+from lorica.engine.sites import LinearForward
+from lorica.models.backbone import Backbone
+
+KEPT = "groups"
+
+
+class Member:
+    """One linear module with its frozen tensors."""
+
+    def __init__(self, backbone: Backbone, site: str) -> None:
+        self.site = site
+        self.module = backbone.module_of(site)
+        self.weight_OI = backbone.weight(site).matrix()
+        self.bias_O = backbone.bias(site)
+        self._version = self.weight_OI._version
+
+    @property
+    def inner(self) -> Callable[[Tensor], Tensor]:
+        """The forward that the module has outside of groups."""
+        before = self.module.__dict__.get("forward")
+        if before is not None:
+            return cast(Callable[[Tensor], Tensor], before)
+        return lambda x: cast(Tensor, type(self.module).forward(self.module, x))
+
+    def unchanged(self, backbone: Backbone) -> bool:
+        """Whether the frozen tensors are those that this object was made of."""
+        now = backbone.weight(self.site).matrix()
+        return (
+            now.data_ptr() == self.weight_OI.data_ptr()
+            and now.dtype == self.weight_OI.dtype
+            and now._version == self._version
+        )
+
+
+class Group:
+    """Linear modules that are handed one tensor, and their frozen maps side by side."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        self.maps = FrozenMaps([m.weight_OI for m in members], [m.bias_O for m in members])
+
+    def alone(self, index: int) -> Group:
+        """One member as a group of its own, which does not pack: for the rare batch that cannot share."""
+        return Group([self.members[index]])
+
+
+class _Kept:
+    """What a backbone keeps. A copy of the backbone starts without it."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def groups_of(executor: Executor) -> list[Group]:
+    """The groups of a backbone that is a causal language model; learnt anew when its frozen weights have changed.
+
+    Empty where the present device holds no weights.
+    """
+    backbone = executor.backbone
+    kept = backbone.kept.get(KEPT)
+    if isinstance(kept, _Kept) and all(m.unchanged(backbone) for group in kept.groups for m in group.members):
+        return kept.groups
+    groups = [Group(members) for members in _learn(executor)]
+    if groups and worth_packing([weight for group in groups for weight in group.maps.weights], copies=2):
+        for group in groups:
+            group.maps.packs = True
+    backbone.kept[KEPT] = _Kept(groups)
+    return groups
+
+
+def group_of(executor: Executor, module: nn.Module) -> Group | None:
+    """The group that holds a module alone; None where there is none."""
+    return next((g for g in groups_of(executor) if len(g.members) == 1 and g.members[0].module is module), None)
+
+
+def _sites(backbone: Backbone) -> list[str]:
+    """Linear sites whose module does nothing but its product, apart from our own stand-in."""
+    found = []
+    for site in backbone.sites.values():
+        if site.kind != "linear":
+            continue
+        module = backbone.module_of(site.name)
+        before = module.__dict__.get("forward")
+        ours = before is None or (isinstance(before, LinearForward) and before.previous is None)
+        if ours and (type(module) is nn.Linear or site.transposed):
+            found.append(site.name)
+    return found
+
+
+class _Watch:
+    """The forward of one member during the pass that is watched: reports its input, and computes as before."""
+
+    def __init__(self, member: Member, seen: Callable[[Member, Tensor], None]) -> None:
+        self.member, self.inner, self.seen = member, member.inner, seen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.seen(self.member, x)
+        return self.inner(x)
+
+
+@torch.no_grad()
+def _learn(executor: Executor) -> list[list[Member]]:
+    """Run two tokens through the trunk, without adapters, and see which neighbours are handed one tensor."""
+    backbone = executor.backbone
+    assert backbone.trunk is not None
+    members = [Member(backbone, site) for site in _sites(backbone)]
+    groups: list[list[Member]] = []
+    placed: set[str] = set()
+    last: list[Tensor | None] = [None]
+
+    def seen(member: Member, x: Tensor) -> None:
+        if member.site in placed:
+            last[0] = None
+        elif x is last[0] and groups[-1][0].weight_OI.dtype == member.weight_OI.dtype:
+            groups[-1].append(member)
+        else:
+            groups.append([member])
+            last[0] = x
+        placed.add(member.site)
+
+    was_training = backbone.module.training
+    backbone.module.eval()
+    try:
+        ids_12 = torch.zeros(1, 2, dtype=torch.long, device=backbone.device)
+        with executor.replay(None), standing_in([(m.module, _Watch(m, seen)) for m in members]):
+            backbone.trunk(input_ids=ids_12, use_cache=False)
+    finally:
+        backbone.module.train(was_training)
+    return [*groups, *([m] for m in members if m.site not in placed)]
+
+
+@contextmanager
+def standing_in(forwards: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Inside, these modules' forwards are others; afterwards what they were, also after an exception."""
+    before = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    try:
+        for module, forward in forwards:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, previous in reversed(before):
+            if previous is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = previous
+
+
+class Shared(ABC):
+    """A group in one pass: computed for all members when x is new, handed out to one after the other."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self._seen: Tensor | None = None
+        self._version = -1
+        self._outs: list[Tensor | None] = []
+
+    @abstractmethod
+    def compute(self, x: Tensor) -> list[Tensor]:
+        """What each member makes of x [..., I]."""
+
+    def output(self, index: int, x: Tensor) -> Tensor:
+        """What member `index` makes of x. An output that was handed out once is let go."""
+        stale = x is not self._seen or x._version != self._version or self._outs[index] is None
+        if stale:
+            self._outs = list(self.compute(x))
+            self._seen, self._version = x, x._version
+        found, self._outs[index] = self._outs[index], None
+        assert found is not None
+        if all(out is None for out in self._outs):
+            self._seen = None
+        return found
+
+
+class Stand:
+    """The forward of one member of a group that is shared."""
+
+    def __init__(self, shared: Shared, index: int) -> None:
+        self.shared, self.index = shared, index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.shared.output(self.index, x)
