@@ -7,12 +7,12 @@ In: nothing. Out: time of a token and ratios of one run. Prompts cost the same i
 from __future__ import annotations
 
 import argparse
-import copy
 import warnings
 
 import torch
 from torch import nn
 
+from benchmarks.models import LINEARS, RANK, another, qwen3
 from benchmarks.timing import as_json, environment, seconds, show
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
@@ -20,28 +20,7 @@ from lorica.methods.lora import LoRA
 from lorica.models.backbone import wrap
 from lorica.sampling.params import SamplingParams
 
-RANK, PROMPT, VOCABULARY = 16, 32, 32_000
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def model(dtype: torch.dtype, layers: int = 8) -> nn.Module:
-    """A random Qwen3 of width 1024: 133 million weights with its tied table of 32,000 tokens."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32_768,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Qwen3ForCausalLM(config).to(dtype=dtype, device=device).eval().requires_grad_(False)
+PROMPT, VOCABULARY = 32, 32_000
 
 
 class Peft:
@@ -50,9 +29,8 @@ class Peft:
     def __init__(self, base: nn.Module) -> None:
         from peft import LoraConfig, get_peft_model
 
-        shared = copy.deepcopy(base, {id(p): p for p in base.parameters()})
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS)
-        self.model = get_peft_model(shared, config).eval()
+        self.model = get_peft_model(another(base), config).eval()
         self.ids = torch.randint(3, VOCABULARY, (1, PROMPT), device=next(base.parameters()).device)
 
     def __call__(self, tokens: int) -> None:
@@ -89,7 +67,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    base = model(getattr(torch, options.dtype))
+    base = qwen3(dtype=getattr(torch, options.dtype))
     peft = Peft(base)  # before our hooks, so that the copy carries none
     host = Host(wrap(base))
     for i in range(options.tenants):

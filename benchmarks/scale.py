@@ -8,7 +8,6 @@ with one registered tenant and the host with 10,000 share their frozen weights a
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.models import LINEARS, another, qwen3
 from benchmarks.timing import as_json, environment, least, show
 from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
@@ -25,31 +25,7 @@ from lorica.engine.host import Host, attach
 from lorica.methods.lora import LoRA
 from lorica.models.backbone import wrap
 
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TENANTS, TOKENS = 8, 64
-
-
-def model(layers: int, width: int = 512) -> nn.Module:
-    """A random float32 Qwen3 with seven linear maps a layer."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        head_dim=64,
-        vocab_size=8000,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).eval().requires_grad_(False)
-
-
-def shared_copy(module: nn.Module) -> nn.Module:
-    """Another instance over the same weights."""
-    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+TENANTS, TOKENS, VOCABULARY = 8, 64, 8000
 
 
 class Steps:
@@ -59,7 +35,9 @@ class Steps:
         self.engine = Engine(host)
         rng = torch.Generator().manual_seed(0)
         self.examples = [
-            Example(tuple(torch.randint(3, 8000, (TOKENS + 1,), generator=rng).tolist()), (0.0,) + (1.0,) * TOKENS)
+            Example(
+                tuple(torch.randint(3, VOCABULARY, (TOKENS + 1,), generator=rng).tolist()), (0.0,) + (1.0,) * TOKENS
+            )
             for _ in range(TENANTS)
         ]
         self.names = names
@@ -70,9 +48,9 @@ class Steps:
 
 def registered(count: int, rounds: int, peft_count: int) -> dict[str, Any]:
     """Adapters of rank 1 on four layers: `count` beside one, and PEFT with `peft_count` beside it."""
-    base = model(layers=4)
+    base = qwen3(width=512, layers=4, vocabulary=VOCABULARY)
     # copies first: a copy of a model with hooks would carry them
-    baseline, *copies = [shared_copy(base) for _ in range(4)]
+    baseline, *copies = [another(base) for _ in range(4)]
     one, few, many = (Host(wrap(module)) for module in copies)
     method = LoRA(rank=1, alpha=2)
     for i in range(TENANTS):
@@ -115,7 +93,7 @@ def peft_residents(base: nn.Module, count: int) -> dict[str, Any]:
 
     config = LoraConfig(r=1, lora_alpha=2, target_modules=LINEARS)
     model_ = get_peft_model(base, config, adapter_name="a0")
-    ids = torch.randint(3, 8000, (1, TOKENS))
+    ids = torch.randint(3, VOCABULARY, (1, TOKENS))
 
     def step() -> None:
         model_(input_ids=ids, labels=ids).loss.backward()
@@ -136,17 +114,17 @@ def life_cycle(rounds: int) -> dict[str, Any]:
     """Thirty layers, 210 maps, an adapter of 5 MB: attach to all, and load a folder beside 64 residents."""
     from peft import LoraConfig, get_peft_model
 
-    base = model(layers=30, width=256)
+    base = qwen3(width=256, layers=30, vocabulary=VOCABULARY)
     method = LoRA(rank=8, alpha=16)
-    host = Host(wrap(shared_copy(base)))
+    host = Host(wrap(another(base)))
     for i in range(64):
         host.add(f"a{i}", method, seed=i)
     counter = iter(range(10**6))
     config = LoraConfig(r=8, lora_alpha=16, target_modules=LINEARS)
     with tempfile.TemporaryDirectory() as folder:
         path = host.save(Path(folder) / "adapter", "a0")
-        fresh = [wrap(shared_copy(base)) for _ in range(rounds + 1)]
-        copies = [shared_copy(base) for _ in range(rounds + 1)]
+        fresh = [wrap(another(base)) for _ in range(rounds + 1)]
+        copies = [another(base) for _ in range(rounds + 1)]
         runs: dict[str, Callable[[], object]] = {
             "attach": lambda: attach(fresh.pop(), method),
             "load": lambda: host.load(path, f"loaded{next(counter)}"),

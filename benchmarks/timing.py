@@ -1,18 +1,12 @@
 """Timing on a machine that others share: one thread, process CPU time, variants in turn, ratios of minima.
 
-In: named callables. Out: the least time of each. Import it before torch, so that the thread settings count.
-Refuses to know what is timed.
+In: named callables. Out: the least time of each. Refuses to know what is timed.
 """
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping

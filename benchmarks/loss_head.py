@@ -1,0 +1,118 @@
+"""The loss head at 32 thousand and 152 thousand tokens of vocabulary: peak memory, time, and how exact it is.
+
+In: nothing. Out: for transformers' float32 logits, cross-entropy in the base's dtype, and ours: time over the two
+products that no head can do without, memory above the inputs, the largest error of a log-probability.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.models import device
+from benchmarks.timing import as_json, environment, least, show
+from lorica.engine.prepack import FrozenMaps, worth_packing
+from lorica.training.loss_head import linear_cross_entropy
+
+ROWS, WIDTH = 1024, 1024
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that a call takes above what is there before it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the high-water mark
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def measure(vocabulary: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """All variants on one hidden state and head."""
+    rng = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(ROWS, WIDTH, generator=rng).to(dtype).to(device()).requires_grad_(True)
+    weight_VD = (0.02 * torch.randn(vocabulary, WIDTH, generator=rng)).to(dtype).to(device())
+    targets_N = torch.randint(vocabulary, (ROWS,), generator=rng).to(device())
+    weights_N = torch.ones(ROWS, device=device())
+    maps = FrozenMaps([weight_VD])
+    maps.packs = worth_packing([weight_VD], copies=2)
+
+    def ours() -> Tensor:
+        loss, logprobs_N = linear_cross_entropy(
+            hidden_ND, weight_VD, targets_N, weights_N, forward=maps.forward, back=maps.back
+        )
+        loss.backward()
+        return logprobs_N
+
+    def theirs(wide: bool) -> None:
+        logits_NV = hidden_ND @ weight_VD.T
+        F.cross_entropy(logits_NV.float() if wide else logits_NV, targets_N, reduction="sum").backward()
+
+    def limit() -> None:
+        with torch.no_grad():
+            for start in range(0, ROWS, 128):
+                maps.back(maps.forward(hidden_ND[start : start + 128]))
+
+    runs: dict[str, Callable[[], object]] = {
+        "ours": ours,
+        "float32 logits": lambda: theirs(True),
+        f"{dtype} logits".removeprefix("torch."): lambda: theirs(False),
+        "two products": limit,
+    }
+    times = least(runs, rounds)
+    with torch.no_grad():
+        exact_N = torch.cat(
+            [_exact(h, weight_VD, t) for h, t in zip(hidden_ND.split(64), targets_N.split(64), strict=True)]
+        )
+    error = float((ours().double() - exact_N).abs().max())
+    report: dict[str, Any] = {"ours: largest error of a log-probability": f"{error:.1e}"}
+    for name, run in runs.items():
+        report[f"{name}: time over two products"] = round(times[name] / times["two products"], 2)
+        if name != "two products":
+            report[f"{name}: peak, MB"] = round(peak_bytes(run) / 1e6)
+    return {f"{vocabulary:,}: {name}": value for name, value in report.items()}
+
+
+def _exact(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Log-probabilities in float64 of the same half-precision inputs."""
+    logp_NV = (hidden_ND.double() @ weight_VD.double().T).log_softmax(-1)
+    return logp_NV.gather(1, targets_N[:, None])[:, 0]
+
+
+def main() -> None:
+    """Run, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--vocabularies", default="32000,152000", help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    report: dict[str, Any] = {}
+    for vocabulary in map(int, options.vocabularies.split(",")):
+        report |= measure(vocabulary, getattr(torch, options.dtype), options.rounds)
+    if options.json:
+        print(as_json(environment() | report))
+    else:
+        show(f"loss head, {options.dtype}, {ROWS} rows of {WIDTH}: {environment()}", report)
+
+
+if __name__ == "__main__":
+    main()

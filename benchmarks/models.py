@@ -1,0 +1,78 @@
+"""The model that benchmarks run on, and HF PEFT over it: random weights of Qwen3's shape.
+
+In: a width, a dtype. Out: a frozen transformers model, further instances over the same weights, PEFT's training step.
+Refuses to know what is timed.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RANK = 16
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def qwen3(
+    width: int = 1024, layers: int = 8, vocabulary: int = 32_000, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A random Qwen3 with tied embeddings; of width 1024 and 8 layers it has 133 million weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+        vocab_size=vocabulary,
+        max_position_embeddings=32_768,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(config).to(dtype=dtype, device=device()).eval().requires_grad_(False)
+
+
+def another(module: nn.Module) -> nn.Module:
+    """Another instance over the same weights. Hooks are copied too, so copy before anything is attached."""
+    return copy.deepcopy(module, {id(p): p for p in module.parameters()})
+
+
+class PeftTrainer:
+    """PEFT as its documentation shows it: its defaults, the model's own loss, torch's fused AdamW."""
+
+    def __init__(self, base: nn.Module, method: str = "lora", **settings: Any) -> None:
+        import peft
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if method == "vera":
+                config: Any = peft.VeraConfig(target_modules=LINEARS, **settings)
+            else:
+                use_dora = method == "dora"
+                config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, use_dora=use_dora)
+            self.model: Any = peft.get_peft_model(another(base), config).train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+
+    def loss(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        labels_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(mask_BT == 0, -100)
+        loss: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT, use_cache=False).loss
+        return loss
+
+    def step(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> float:
+        loss = self.loss(ids_BT, mask_BT)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())

@@ -1,0 +1,99 @@
+"""Many tenants: one joint batch of ours over HF PEFT's tenants one after the other, optimisers included.
+
+In: nothing. Out: times and ratios of one run. Each tenant has an adapter and an optimiser of its own; PEFT's time for T
+tenants is T times that of one of its steps, switching not counted. Ours one by one stands beside the joint batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.models import RANK, PeftTrainer, another, device, qwen3
+from benchmarks.timing import as_json, environment, least, show
+from benchmarks.train import METHODS, examples_of
+from lorica.client.local import Service, TrainingClient
+from lorica.data.example import Example
+from lorica.methods import make_method
+from lorica.models.backbone import wrap
+from lorica.training.optimizer import AdamWConfig
+
+
+class Tenants:
+    """Clients of one service with one sequence each."""
+
+    def __init__(self, base: nn.Module, count: int, tokens: int, methods: list[str]) -> None:
+        self.service = Service(wrap(another(base)), token_budget=1 << 20)
+        rng = torch.Generator().manual_seed(1)
+        self.ids_TN = torch.randint(3, 32_000, (count, tokens), generator=rng)
+        self.examples: list[Example] = examples_of(self.ids_TN)
+        self.clients: list[TrainingClient] = [
+            self.service.training_client(
+                make_method(name, **METHODS[name]), name=f"t{i}", seed=i, optimizer=AdamWConfig(lr=1e-4)
+            )
+            for i in range(count)
+            for name in [methods[i % len(methods)]]
+        ]
+
+    def joint(self) -> None:
+        """One pass for all, then each optimiser."""
+        self.service.forward_backward([(c, [e]) for c, e in zip(self.clients, self.examples, strict=True)])
+        for client in self.clients:
+            client.optim_step()
+
+    def one_by_one(self) -> None:
+        """Each alone."""
+        for client, example in zip(self.clients, self.examples, strict=True):
+            client.forward_backward([example])
+            client.optim_step()
+
+
+def measure(dtype: torch.dtype, rounds: int, shapes: list[tuple[int, int]], methods: list[str]) -> dict[str, Any]:
+    """Every shape (tenants, tokens of each)."""
+    base = qwen3(dtype=dtype)
+    report: dict[str, Any] = {}
+    theirs = PeftTrainer(base)
+    for count, tokens in shapes:
+        ours = Tenants(base, count, tokens, methods)
+        ids_1N = ours.ids_TN[:1].to(device())
+        runs: dict[str, Callable[[], object]] = {
+            "joint": ours.joint,
+            "ours one by one": ours.one_by_one,
+            "peft one": lambda ids_1N=ids_1N: theirs.step(ids_1N),  # type: ignore[misc]
+        }
+        times = least(runs, rounds)
+        label = f"{count} tenants × {tokens} tokens"
+        report |= {
+            f"{label}: joint, tokens/s": round(count * tokens / times["joint"]),
+            f"{label}: joint over PEFT one by one": round(count * times["peft one"] / times["joint"], 2),
+            f"{label}: joint over ours one by one": round(times["ours one by one"] / times["joint"], 2),
+        }
+    return report
+
+
+def main() -> None:
+    """Run, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--shapes", default="8x64,16x16", help="tenants×tokens, comma-separated")
+    parser.add_argument("--methods", default="lora", help="comma-separated; tenants take them in turn")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    shapes = [(int(count), int(tokens)) for count, tokens in (s.split("x") for s in options.shapes.split(","))]
+    methods = options.methods.split(",")
+    report = measure(getattr(torch, options.dtype), options.rounds, shapes, methods)
+    if options.json:
+        print(as_json(environment() | report))
+    else:
+        show(f"tenants ({options.methods}), {options.dtype}, r={RANK}: {environment()}", report)
+
+
+if __name__ == "__main__":
+    main()

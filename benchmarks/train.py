@@ -1,0 +1,171 @@
+"""One tenant's training step: ours over HF PEFT's and over the frozen floor, and the activations that both save.
+
+In: nothing. Out: times and ratios of one run. The floor is the frozen model's forward and the backward pass down to its
+first activations, which no PEFT method can do without: the engine's own floor, with transformers' beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.models import RANK, PeftTrainer, another, device, qwen3
+from benchmarks.timing import as_json, environment, least, show
+from lorica.client.local import Service, TrainingClient
+from lorica.data.example import Example
+from lorica.methods import make_method
+from lorica.models.backbone import wrap
+from lorica.training.optimizer import AdamWConfig
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": RANK, "alpha": 2 * RANK},
+    "dora": {"rank": RANK, "alpha": 2 * RANK},
+    "vera": {"rank": 256},
+}
+
+
+class Saved:
+    """Bytes that autograd keeps for the backward pass: storages, each once, frozen and trained parameters left out."""
+
+    def __init__(self, own: list[Tensor]) -> None:
+        self._own = {t.untyped_storage().data_ptr() for t in own}
+        self._seen: dict[int, int] = {}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        backward = torch._C._current_graph_task_id() != -1  # what is made again there is not kept until then
+        if storage.data_ptr() not in self._own and not backward:
+            self._seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> Saved:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hooks.__exit__(kind, error, at)
+        self.bytes = sum(self._seen.values())
+
+
+def examples_of(ids_BT: Tensor) -> list[Example]:
+    """Rows of token ids as examples that train every token but the first."""
+    return [Example(tuple(row), (0.0,) + (1.0,) * (len(row) - 1)) for row in ids_BT.tolist()]
+
+
+class OurTrainer:
+    """One client of one method over the whole batch."""
+
+    def __init__(self, base: nn.Module, method: str) -> None:
+        self.service = Service(wrap(another(base)), token_budget=1 << 20)
+        self.client: TrainingClient = self.service.training_client(
+            make_method(method, **METHODS[method]), optimizer=AdamWConfig(lr=1e-4)
+        )
+
+    def step(self, examples: list[Example]) -> float:
+        loss = self.client.forward_backward(examples).mean
+        self.client.optim_step()
+        return loss
+
+
+class OurFloor:
+    """The engine over base rows, differentiated with respect to the embeddings."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.backbone = wrap(another(base))
+        self.service = Service(self.backbone, token_budget=1 << 20)
+        embedding = self.backbone.module_of("input")
+        embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_(torch.is_grad_enabled()))
+
+    def step(self, examples: list[Example]) -> None:
+        from lorica.engine.engine import Item
+
+        self.service.engine.forward_backward([Item(example, None) for example in examples])
+
+
+class TheirFloor:
+    """The same of the transformers model itself."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.model: Any = another(base).train()
+
+    def step(self, ids_BT: Tensor) -> None:
+        embeds_BTD = self.model.get_input_embeddings()(ids_BT).detach().requires_grad_(True)
+        self.model(inputs_embeds=embeds_BTD, labels=ids_BT, use_cache=False).loss.backward()
+
+
+def measure(dtype: torch.dtype, rows: int, tokens: int, rounds: int, names: list[str], width: int) -> dict[str, Any]:
+    """Times of every method and floor in turn, then saved bytes."""
+    base = qwen3(width, dtype=dtype)
+    ids_BT = torch.randint(3, 32_000, (rows, tokens), generator=torch.Generator().manual_seed(1)).to(device())
+    examples = examples_of(ids_BT)
+    ours = {name: OurTrainer(base, name) for name in names}
+    theirs = {name: PeftTrainer(base, name) for name in names}
+    floor, their_floor = OurFloor(base), TheirFloor(base)
+    runs: dict[str, Callable[[], object]] = {
+        "floor": lambda: floor.step(examples),
+        "transformers' floor": lambda: their_floor.step(ids_BT),
+    }
+    for name in names:
+        runs[name] = lambda name=name: ours[name].step(examples)  # type: ignore[misc]
+        runs[f"peft {name}"] = lambda name=name: theirs[name].step(ids_BT)  # type: ignore[misc]
+    times = least(runs, rounds, warmup=2)
+    report: dict[str, Any] = {f"{name}, ms": round(1e3 * value, 1) for name, value in times.items()}
+    report["floor: speed over transformers' floor"] = round(times["transformers' floor"] / times["floor"], 2)
+    for name in names:
+        report[f"{name}: speed over PEFT"] = round(times[f"peft {name}"] / times[name], 2)
+        report[f"{name}: time over the floor"] = round(times[name] / times["floor"], 2)
+        report[f"peft {name}: time over transformers' floor"] = round(
+            times[f"peft {name}"] / times["transformers' floor"], 2
+        )
+    for name in names:
+        report |= saved_bytes(name, base, ours[name], theirs[name], ids_BT, examples)
+    return report
+
+
+def saved_bytes(
+    name: str, base: nn.Module, ours: OurTrainer, theirs: PeftTrainer, ids_BT: Tensor, examples: list[Example]
+) -> dict[str, Any]:
+    """What each keeps for its backward pass."""
+    own = [*base.parameters(), *theirs.model.parameters(), *theirs.model.buffers()]
+    with Saved(own) as their_saved:
+        theirs.loss(ids_BT)
+    adapter = ours.client.adapter
+    frozen = [t for held in adapter.frozen.values() for t in held.values()]
+    with Saved([*base.parameters(), adapter.flat, *frozen]) as our_saved:
+        ours.client.forward_backward(examples)
+    return {
+        f"{name}: saved activations, MB": round(our_saved.bytes / 1e6, 1),
+        f"peft {name}: saved activations, MB": round(their_saved.bytes / 1e6, 1),
+        f"{name}: saved activations, PEFT's over ours": round(their_saved.bytes / our_saved.bytes, 2),
+    }
+
+
+def main() -> None:
+    """Run, and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--methods", default="lora,dora,vera", help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    names = options.methods.split(",")
+    report = measure(getattr(torch, options.dtype), options.rows, options.tokens, options.rounds, names, options.width)
+    if options.json:
+        print(as_json(environment() | report))
+    else:
+        show(f"training, {options.dtype}, {options.rows}×{options.tokens} tokens, r={RANK}: {environment()}", report)
+
+
+if __name__ == "__main__":
+    main()
