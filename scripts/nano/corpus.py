@@ -18,8 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .exercises import Words, exercises
+
 DATA_DIR = Path(__file__).resolve().parents[3] / "shared" / "data"
 SOURCES = ("t0_templates", "gsm8k", "svamp", "names", "tinyshakespeare")
+MADE = "exercises"
+EXERCISE_COUNT = 14_000
 SEED = 20
 VALIDATION_SHARE = 0.02
 CHAT_CHARS = 1500  # a conversation longer than this becomes plain text pieces
@@ -209,13 +213,24 @@ def shakespeare_documents(folder: Path) -> Iterator[Document]:
         yield Document("tinyshakespeare", "train", text=piece)
 
 
+def exercise_documents(folder: Path, others: list[Document]) -> Iterator[Document]:
+    """Copying exercises over first names and the sentences of the other sources' training documents."""
+    names = [name.capitalize() for name in (folder / "names.txt").read_text(encoding="utf-8").split()]
+    texts = [d.text or " ".join(content for _, content in d.messages) for d in others if d.split == "train"]
+    sentences = [s for text in texts[::3] for s in re.split(r"[.!?\n]", text) if 20 < len(s) < 160]
+    rng = random.Random(SEED + 4)
+    for prompt, answer in exercises(Words(names, sentences), EXERCISE_COUNT, SEED + 5):
+        yield chat(MADE, split_of(f"{MADE}:{prompt}"), prompt, answer, rng)
+
+
 def read_documents(root: Path = DATA_DIR) -> list[Document]:
-    """All documents of all sources, in a fixed order."""
+    """All documents of all sources, in a fixed order, and the exercises made of them."""
     require_data(root)
-    return [
+    documents = [
         *t0_documents(root / "t0_templates"),
         *gsm8k_documents(root / "gsm8k"),
         *svamp_documents(root / "svamp"),
         *names_documents(root / "names"),
         *shakespeare_documents(root / "tinyshakespeare"),
     ]
+    return [*documents, *exercise_documents(root / "names", documents)]

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .corpus import DATA_DIR, SOURCES, Document, read_documents
+from .corpus import DATA_DIR, MADE, SOURCES, Document, read_documents
 from .tokenizer import END_OF_TEXT, render_chat, save_tokenizer, train_tokenizer
 
 MODEL_DIR = Path(__file__).resolve().parents[2] / "src" / "lorica" / "models" / "nano"
@@ -35,7 +35,7 @@ def build_cache(data: Path, model_dir: Path, cache: Path) -> None:
     texts = [as_text(document) for document in documents]
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        chosen = (t for t, document in zip(texts, documents, strict=True) if document.split == "train")
+        chosen = (t for t, d in zip(texts, documents, strict=True) if d.split == "train")
         save_tokenizer(train_tokenizer(chosen), model_dir)
     tokenizer = Tokenizer.from_file(str(path))
     encoded = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
@@ -44,7 +44,7 @@ def build_cache(data: Path, model_dir: Path, cache: Path) -> None:
         cache,
         ids=np.concatenate([np.asarray(ids, dtype=np.int32) for ids in encoded]),
         ends=np.cumsum([len(ids) for ids in encoded]),
-        source=np.asarray([SOURCES.index(document.source) for document in documents]),
+        source=np.asarray([(*SOURCES, MADE).index(document.source) for document in documents]),
         held=np.asarray([document.split == "validation" for document in documents]),
         size=np.asarray([len(text.encode()) for text in texts]),
     )
@@ -133,7 +133,7 @@ def main() -> None:
     cache = TokenCache.load(args.cache)
     for held in (False, True):
         numbers = cache.indices(held)
-        for code, name in enumerate(SOURCES):
+        for code, name in enumerate((*SOURCES, MADE)):
             tokens = [len(cache.documents[i]) for i in numbers if cache.source[i] == code]
             print(f"{'validation' if held else 'train':10} {name:16} {len(tokens):6} documents {sum(tokens):9} tokens")
 
