@@ -34,6 +34,7 @@ SMOOTH: dict[str, dict[str, Any]] = {"dora": {"norm": "full"}}
 """Settings without a stop-gradient, where a finite difference is the gradient."""
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"rslora": True}, {"init_factor": "b"}, {"init_dist": "gaussian"}, {"init_dist": "normal"}],
+    "delta": [{"bias": True}],
     "dora": [{"norm": "full"}],
     "pissa": [{"svd": "lowrank"}, {"rslora": True}],
     "prefix": [{"projection": True}],

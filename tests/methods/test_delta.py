@@ -54,6 +54,17 @@ def test_at_a_convolution_the_kernel_is_whole() -> None:
         same(y, conv._conv_forward(x, changed, conv.bias))
 
 
+def test_with_its_bias_the_whole_layer_is_trained_and_a_slice_has_the_bias_of_its_rows() -> None:
+    b0, db = matrix(8, seed=6), matrix(3, seed=7)
+    host = hosted(linear(W, b0), Delta(rows=(2, 5), bias=True), bias=db)
+    same(host(X), X @ W.T + b0 + F.pad(db, (2, 3)))
+    same(grads(host, X, DY)["bias"], DY.sum(0)[2:5])
+    specs = host.adapter("a").layout.specs[SITE]
+    assert specs["delta"].decay and not specs["bias"].decay
+    without = hosted(linear(W), Delta(bias=True))
+    assert set(without.adapter("a").layout.specs[SITE]) == {"delta"}
+
+
 @pytest.mark.parametrize(
     ("layer", "fields", "words"),
     [

@@ -75,7 +75,7 @@ class Adapter:
         """Fill every tensor with the method's initial values. A site's values depend on (seed, site name) alone."""
         layout = self.layout
         if GLOBAL in layout.specs:
-            self._put(GLOBAL, layout.method.init_global(list(layout.sites.values()), self._rng(GLOBAL)))
+            self._put(GLOBAL, layout.method.init_global(layout.own_sites(), self._rng(GLOBAL)))
         for name, site in layout.sites.items():
             if name in layout.specs:
                 self._put(name, layout.methods[name].init(site, weight_of(name), self._rng(name)))

@@ -73,7 +73,7 @@ def load_adapter(path: Path, backbone: Backbone, name: str) -> Adapter:
     tensors, config, own = read_folder(path)
     file = path / WEIGHTS
     if own is None:
-        return from_peft(config, tensors, backbone, name, file).to(device=backbone.device)
+        return from_peft(config, tensors, backbone, name, file, path / CONFIG).to(device=backbone.device)
     adapter = _empty(own, backbone, name, path / OWN)
     decode(adapter, config, tensors, backbone, file)
     return adapter.to(device=backbone.device)

@@ -52,7 +52,7 @@ class Layout:
         self.method = method
         self.sites: dict[str, Site] = {name: site for name, (site, _) in picked.items()}
         self.methods: dict[str, Method] = {name: resolved for name, (_, resolved) in picked.items()}
-        specs: dict[str, dict[str, ParamSpec]] = {GLOBAL: method.global_params(list(self.sites.values()))}
+        specs: dict[str, dict[str, ParamSpec]] = {GLOBAL: method.global_params(self.own_sites())}
         specs |= {name: resolved.params(site) for name, (site, resolved) in picked.items()}
         self.specs = {name: owned for name, owned in specs.items() if owned}
         self.frozen: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -77,6 +77,10 @@ class Layout:
                 offset += math.prod(spec.shape)
             self.groups.append(Group(group, decay, start, offset))
         return offset
+
+    def own_sites(self) -> list[Site]:
+        """Sites of the adapter's own method, which its global tensors are for; a PEFT file may bring others."""
+        return [site for name, site in self.sites.items() if type(self.methods[name]) is type(self.method)]
 
     def trainable_count(self) -> int:
         """Number of trained parameters."""

@@ -7,11 +7,12 @@ error for every setting that would change what the adapter computes. Refuses to 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from lorica.adapters.peft_keys import is_named
+from lorica.adapters.peft_keys import experts_module, is_named
 from lorica.core.errors import FormatError, MethodError, did_you_mean
+from lorica.core.site import Site
 from lorica.methods import all_methods
 from lorica.methods.base import Method
 from lorica.models.backbone import Backbone
@@ -104,6 +105,11 @@ _READ: dict[str, frozenset[str]] = {
             "target_parameters",
             "init_lora_weights",
             "qalora_group_size",
+            # how factors were initialised: `init_lora_weights` says whether that changed the base
+            "loftq_config",
+            "eva_config",
+            "corda_config",
+            "lora_ga_config",
         )
     ),
     "VERA": frozenset(
@@ -158,11 +164,16 @@ _WHY: dict[str, str] = {
     "kasa_config": "the base weights are truncated by an SVD (KaSA)",
     "velora_config": "the input is compressed (VeLoRA)",
     "monteclora_config": "the factors are sampled (MonteCLoRA)",
-    "loftq_config": "the base weights are replaced by quantised ones (LoftQ)",
-    "corda_config": "the base weights were changed when it was made (CorDA)",
-    "lora_ga_config": "the base weights were changed when it was made (LoRA-GA)",
 }
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_SHAPES: dict[str, tuple[str, ...]] = {
+    "a name or a list of names": ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"),
+    "a list of names": ("modules_to_save", "target_parameters"),
+    "a number or a list of numbers": ("layers_to_transform",),
+    "a number": ("r", "lora_alpha", "num_virtual_tokens"),
+    "an object of numbers": ("rank_pattern", "alpha_pattern"),
+}
+"""What a setting must be, where it is set."""
 
 
 def method_class(config: Mapping[str, Any], file: object) -> type[Method]:
@@ -177,7 +188,9 @@ def method_class(config: Mapping[str, Any], file: object) -> type[Method]:
                 f"{file} holds a {kind} adapter; of PEFT's types Lorica reads {', '.join(sorted(known))}."
             )
         raise FormatError(f"{file} names the peft_type {kind!r}, which does not exist.{did_you_mean(kind, PEFT_TYPES)}")
+    _check_shapes(config, file)
     _refuse_settings(config, kind, file)
+    _check_patterns(config, file)
     if kind == "LORA":
         return all_methods()[_lora_method(config, file)]
     return known[kind]
@@ -186,6 +199,7 @@ def method_class(config: Mapping[str, Any], file: object) -> type[Method]:
 def _lora_method(config: Mapping[str, Any], file: object) -> str:
     """`lora`, `dora`, or `pissa` where PEFT took the leading directions out of the base."""
     init = config.get("init_lora_weights", True)
+    init = init.lower() if isinstance(init, str) else init
     if init == "pissa":
         if config.get("use_dora") or config.get("lora_bias") or config.get("bias", "none") != "none":
             raise FormatError(
@@ -196,7 +210,9 @@ def _lora_method(config: Mapping[str, Any], file: object) -> str:
         raise FormatError(
             f"{file} says init_lora_weights {init!r}: its tensors fit a base whose weights were changed "
             "when it was made.",
-            hint="Save it with PEFT's `path_initial_model_for_weight_conversion`; the result is a plain LoRA.",
+            hint="Save it with PEFT's `path_initial_model_for_weight_conversion`; the result is a plain LoRA."
+            if init != "loftq"
+            else "Merge it with PEFT into the base that it was made with, and load the merged model.",
         )
     return "dora" if config.get("use_dora") else "lora"
 
@@ -218,41 +234,115 @@ def _refuse_settings(config: Mapping[str, Any], kind: str, file: object) -> None
         raise FormatError(f"{file} is for an encoder-decoder ({submodules} submodules), which Lorica does not adapt.")
 
 
-def pattern_value(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first key that matches, as PEFT reads `rank_pattern` and `alpha_pattern`."""
-    for key, value in (patterns or {}).items():
+def _check_shapes(config: Mapping[str, Any], file: object) -> None:
+    """Raises FormatError for the first setting that is not made as PEFT makes it."""
+    for shape, fields in _SHAPES.items():
+        of: type | tuple[type, ...] = str if "name" in shape else (int, float)
+        for field in fields:
+            value = config.get(field)
+            alone = isinstance(value, of) and (" or " in shape or shape == "a number")
+            listed = isinstance(value, list) and "list" in shape and all(isinstance(item, of) for item in value)
+            by_name = isinstance(value, dict) and "object" in shape and all(isinstance(v, of) for v in value.values())
+            if value is not None and not (alone or listed or by_name):
+                raise FormatError(f"{file} has {value!r} for {field!r}; {shape} is right.")
+
+
+def _check_patterns(config: Mapping[str, Any], file: object) -> None:
+    """Raises FormatError for the first pattern that is no regular expression."""
+    for field in ("rank_pattern", "alpha_pattern", "layers_pattern", "modules_to_save"):
+        _compile(config.get(field) or (), field, file)
+    for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(config.get(field), str):  # names in a list are no patterns
+            _compile(config[field], field, file)
+
+
+def _compile(patterns: Iterable[str] | str, field: str, file: object) -> None:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         try:
-            if re.match(rf"(.*\.)?({key})$", name):
-                return value
+            re.compile(pattern)
         except re.error as error:
-            raise FormatError(f"Pattern {key!r} is not a regular expression: {error}.") from None
-    return default
+            raise FormatError(f"{file} has {field} {pattern!r}, which is no regular expression: {error}.") from None
 
 
-def targeted(config: Mapping[str, Any], backbone: Backbone, kinds: Collection[str]) -> list[str]:
-    """Sites that `target_modules`, `exclude_modules` and `layers_to_transform` select, in backbone order."""
-    targets, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
-    saved = config.get("modules_to_save") or []
-    layers = config.get("layers_to_transform")
-    wanted = {layers} if isinstance(layers, int) else set(layers or ())
+def check_rank(config: Mapping[str, Any], name: str, rank: int, file: object) -> None:
+    """Raises FormatError unless the settings give a module the rank that its tensors have.
+
+    Where several patterns match, PEFT takes the first, but writes them in alphabetical order; the tensors tell.
+    """
+    told = _values(config, "rank_pattern", name) or [config.get("r", 8)]
+    if rank not in told:
+        said = " or ".join(str(value) for value in told)
+        raise FormatError(f"{file} has rank {rank} at {name!r}, where its settings say {said}.")
+
+
+def alpha_of(config: Mapping[str, Any], name: str, file: object) -> float:
+    """The alpha of a module. Raises FormatError where patterns disagree: their order, which decided, is lost."""
+    told = _values(config, "alpha_pattern", name)
+    if len(told) > 1:
+        said = " and ".join(str(value) for value in told)
+        raise FormatError(
+            f"{file} gives {name!r} several alphas by alpha_pattern ({said}), and not which of them came first.",
+            hint="Leave the pattern that was meant: in a pattern that begins with ^, the name is the whole path.",
+        )
+    return float(told[0] if told else config.get("lora_alpha", 8))
+
+
+def _values(config: Mapping[str, Any], field: str, name: str) -> list[Any]:
+    """The different values that patterns give a module."""
+    patterns = config.get(field) or {}
+    return list(dict.fromkeys(value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)))
+
+
+def targeted(
+    config: Mapping[str, Any], backbone: Backbone, kinds: Collection[str], as_written: Callable[[str], str]
+) -> list[str]:
+    """Sites that `target_modules`, `exclude_modules`, `layers_to_transform` and `target_parameters` select, in backbone
+    order. `as_written` gives the names that the config speaks of.
+    """
+    parameters = config.get("target_parameters") or []
     found = []
     for site in backbone.sites.values():
-        if site.kind not in kinds or site.expert is not None or site.kind in ("input", "attention"):
+        if site.kind not in kinds or site.kind in ("input", "attention"):
             continue
-        every = targets == "all-linear"
-        hit = site.kind == "linear" and not site.head if every else is_named(site.name, targets)
-        if not hit or is_named(site.name, excluded) or any(f".{name}." in f".{site.name}." for name in saved):
-            continue
-        if wanted and _layer(site.name, config.get("layers_pattern")) not in wanted:
-            continue
-        found.append(site.name)
+        name = written_name(site, as_written)
+        if site.expert is not None:
+            hit = is_named(name, parameters)
+        else:
+            hit = _selects(config, site, name) or is_named(f"{name}.weight", parameters)
+        if hit:
+            found.append(site.name)
     return found
+
+
+def written_name(site: Site, as_written: Callable[[str], str]) -> str:
+    """What the config's patterns call a site's module; for an expert, the parameter that it is a slice of."""
+    return as_written(site.name) if site.expert is None else f"{as_written(experts_module(site))}.{site.role}"
+
+
+def _selects(config: Mapping[str, Any], site: Site, name: str) -> bool:
+    """Whether PEFT adapts a module that its model calls `name`."""
+    targets, layers = config.get("target_modules") or [], config.get("layers_to_transform")
+    if targets == "all-linear":
+        hit = site.kind == "linear" and not site.head
+    else:
+        hit = is_named(name, targets)
+        # layers narrow what a suffix selects; whole names and patterns say it themselves
+        wanted = {layers} if isinstance(layers, int) else set(layers or ())
+        if wanted and not isinstance(targets, str) and name not in targets:
+            hit = hit and _layer(name, config.get("layers_pattern")) in wanted
+    saved = config.get("modules_to_save") or []
+    return hit and not is_named(name, config.get("exclude_modules") or []) and not any(_below(e, name) for e in saved)
+
+
+def _below(entry: str, name: str) -> bool:
+    """Whether a module is one of `modules_to_save` or inside one."""
+    return re.match(rf"(^|.*\.){entry}($|\..*)", name) is not None
 
 
 def _layer(name: str, patterns: list[str] | str | None) -> int | None:
     """A module's layer, as PEFT counts: the first number inside the path, or the one behind a pattern."""
     given = [patterns] if isinstance(patterns, str) else list(patterns or ())
-    tries = [rf".*\.{pattern}\.(\d+)\." for pattern in given] or [r".*?\.[^.]*\.(\d+)\.", r".*?(?:^|\.)(\d+)\."]
+    tries = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in given] or [r".*?\.[^.]*\.(\d+)\."]
     for pattern in tries:
         match = re.match(pattern, name)
         if match:

@@ -40,10 +40,9 @@ class Change:
 def take_changes(held: Tensors, backbone: Backbone) -> list[Change]:
     """Whole tensors of the base that the file holds. Equal ones are dropped. Raises MismatchError for another shape."""
     base = dict(backbone.module.named_parameters(remove_duplicate=False))
-    found = []
+    found: dict[tuple[str, str], Change] = {}
     for key in list(held):
-        name = key.replace(".base_layer.", ".")
-        module, _, leaf = name.rpartition(".")
+        name = _whole(key, backbone)
         if name not in base:
             continue
         old, new = base[name].detach(), held.take(key)
@@ -56,21 +55,37 @@ def take_changes(held: Tensors, backbone: Backbone) -> list[Change]:
         new = new.to(old.device)
         if torch.equal(old.to(new.dtype), new):
             continue
-        if module not in backbone.sites or leaf not in ("weight", "bias"):
-            raise MismatchError(f"{held.file} replaces {name!r}, which is no site that Lorica can adapt.")
+        site, leaf = _owner(name, base, backbone, held.file)
         wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
-        found.append(Change(backbone.sites[module], leaf, new.to(wide) - old.to(wide)))
-    return found
+        change = Change(site, leaf, new.to(wide) - old.to(wide))
+        earlier = found.setdefault((site.name, leaf), change)
+        if not torch.equal(earlier.value, change.value):
+            raise MismatchError(f"{held.file} replaces {name!r} under two names by different values.")
+    return list(found.values())
+
+
+def _whole(key: str, backbone: Backbone) -> str:
+    """The name of the base's tensor that a file's tensor stands for."""
+    module, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
+    inner = module.removesuffix(".ln_tuning_layers")
+    if inner != module and inner in backbone.sites and backbone.sites[inner].kind == "norm":
+        return key  # norm tuning reads it
+    return f"{inner}.{leaf}"
+
+
+def _owner(name: str, base: Mapping[str, Tensor], backbone: Backbone, file: object) -> tuple[Site, str]:
+    """The site of a tensor, under this name or another that the same tensor has (BERT's output bias)."""
+    for twin in (name, *(other for other, tensor in base.items() if tensor is base[name])):
+        module, _, leaf = twin.rpartition(".")
+        if module in backbone.sites and leaf in ("weight", "bias"):
+            return backbone.sites[module], leaf
+    raise MismatchError(f"{file} replaces {name!r}, which is no site that Lorica can adapt.")
 
 
 def widen(layout: Layout, changes: list[Change], backbone: Backbone, file: object) -> Layout:
     """The layout with a place for every change. Raises FormatError where there is none."""
     if not changes:
         return layout
-    if layout.method.sites_are_coupled:
-        raise FormatError(
-            f"{file} replaces {changes[0].site.name!r} beside {layout.method.name}, which Lorica cannot read."
-        )
     picked = {name: (site, layout.methods[name]) for name, site in layout.sites.items()}
     for name in {change.site.name for change in changes}:
         leaves = {change.leaf for change in changes if change.site.name == name}
@@ -81,17 +96,18 @@ def widen(layout: Layout, changes: list[Change], backbone: Backbone, file: objec
 
 def _method(own: Method | None, site: Site, leaves: set[str], file: object) -> Method:
     """The method that can hold changes of these leaves at a site."""
-    if own is None and site.kind == "norm":
-        return Norm()
     if own is None and leaves == {"bias"}:
         return Bias()
-    if own is None and leaves == {"weight"}:
-        return Delta()
+    if own is None and site.kind == "norm":
+        return Norm()
+    if own is None:
+        return Delta(bias="bias" in leaves)
     if type(own) is LoRA and leaves == {"bias"}:
         return own.replace(lora_bias=True)
     what = " and ".join(sorted(leaves))
-    beside = f" beside {own.name}" if own is not None else " together"
-    raise FormatError(f"{file} replaces the {what} of {site.name!r}{beside}, which no method of Lorica computes.")
+    raise FormatError(
+        f"{file} replaces the {what} of {site.name!r} beside {own.name}, which no method of Lorica computes."
+    )
 
 
 def fill(adapter: Adapter, changes: list[Change], file: object) -> None:
@@ -102,7 +118,7 @@ def fill(adapter: Adapter, changes: list[Change], file: object) -> None:
         if isinstance(method, LoRA):
             old = adapter.values(name)["bias"]
             values: Mapping[str, Tensor] = {"bias": old + change.value.to(old) / method.scaling()}
-        elif isinstance(method, Delta):
+        elif isinstance(method, Delta) and change.leaf == "weight":
             values = {"delta": change.value.T if change.site.transposed else change.value}
         else:
             values = {change.leaf: change.value}

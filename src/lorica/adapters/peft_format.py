@@ -77,12 +77,17 @@ def decode(
         for site, specs in adapter.layout.specs.items():
             peft_lora.put(adapter, site, {param: held.take(own_key(site, param)) for param in specs}, file)
     else:
-        codec.decode(adapter, held, backbone)
+        codec.decode(adapter, held, backbone, adapter.layout.sites)
     held.finish()
 
 
 def from_peft(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone: Backbone, name: str, file: object
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    backbone: Backbone,
+    name: str,
+    file: object,
+    config_file: object,
 ) -> Adapter:
     """An adapter from a folder that PEFT wrote; parameters are float32 at least.
 
@@ -90,7 +95,7 @@ def from_peft(
     """
     if config.get("peft_type") == OWN_TYPE:
         raise FormatError(f"{file} is written in Lorica's own layout, and its lorica.json is missing.")
-    cls = method_class(config, file)
+    cls = method_class(config, config_file)
     codec = CODECS[str(config["peft_type"])]
     held = Tensors(tensors, backbone, file)
     dtype = torch.float32
@@ -102,7 +107,7 @@ def from_peft(
     adapter = Adapter(name, widen(layout, changes, backbone, file), base=backbone.fingerprint(), dtype=dtype)
     if cls is PiSSA:
         adapter.initialise(backbone.weight)
-    codec.decode(adapter, held, backbone)
+    codec.decode(adapter, held, backbone, layout.sites)
     fill(adapter, changes, file)
     held.finish()
     return adapter

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 from lorica.core.errors import FormatError
+from lorica.core.site import Site
 from lorica.models.backbone import Backbone
 
 PREFIX = "base_model.model."
@@ -32,6 +34,7 @@ _SINGLE = {
 }
 """Tensors that are parameters themselves; the others are modules with a weight and perhaps a bias."""
 _TOKENS = "|".join(sorted({"lora_A", "lora_B", "ln_tuning_layers", "modules_to_save", *_SINGLE}, key=len, reverse=True))
+_REPLACED = ".original_module."
 _KEY = re.compile(rf"(?:(?P<module>.*)\.)?(?P<token>{_TOKENS})(?P<rest>(?:\.[^.]+)*)")
 
 
@@ -46,11 +49,16 @@ class Tensors:
         self._held: dict[str, tuple[str, Tensor]] = {}
         base = str(getattr(backbone.module, "base_model_prefix", "") or "")
         self._modules = {name for name, _ in backbone.module.named_modules()}
-        self._inner = f"{base}." if base and base in self._modules else ""
+        self._inner = f"{base}." if base else ""
+        self._written: dict[str, str] = {}
+        self._bare = self._full = False  # whether names lack the trunk's prefix, or have it where the backbone has none
         for key, tensor in tensors.items():
+            if _REPLACED in key and key.replace(_REPLACED, ".") in tensors:
+                continue  # `bias="all"` writes the bias of a module that `modules_to_save` put another in place of
             name = key if key.startswith(OWN) else self._canonical(key)
-            if name in self._held:
-                raise FormatError(f"{file} holds {key!r} and {self._held[name][0]!r}, which are the same tensor.")
+            earlier = self._held.get(name)
+            if earlier is not None and not torch.equal(earlier[1], tensor):  # `bias="all"` writes a head's bias twice
+                raise FormatError(f"{file} holds {key!r} and {earlier[0]!r}, two values of one tensor.")
             self._held[name] = (key, tensor)
         if len(self.adapters) > 1:
             raise FormatError(f"{file} holds several adapters: {', '.join(sorted(self.adapters))}; one is right.")
@@ -82,8 +90,18 @@ class Tensors:
                 module = module.removeprefix(prefix)
                 break
         module = module.rstrip(".")
-        near = (module, self._inner + module, module.removeprefix(self._inner) if self._inner else module)
-        return next((name for name in near if name in self._modules), module) + nested
+        near = (module, self._inner + module, module.removeprefix(self._inner))
+        found = next((name for name in near if name in self._modules), module)
+        self._written[found] = module
+        self._bare |= found != module and found == self._inner + module
+        self._full |= found != module and module == self._inner + found
+        return found + nested
+
+    def as_written(self, module: str) -> str:
+        """What the model that PEFT adapted calls a module of the backbone: the name that patterns of its config see."""
+        if module in self._written:
+            return self._written[module]
+        return module.removeprefix(self._inner) if self._bare else f"{self._inner * self._full}{module}"
 
     def __contains__(self, name: str) -> bool:
         return name in self._held
@@ -96,6 +114,10 @@ class Tensors:
         if name not in self._held:
             raise FormatError(f"{self.file} lacks the tensor {name!r}, which its settings call for.")
         return self._held.pop(name)[1]
+
+    def give(self, name: str, tensor: Tensor) -> None:
+        """Add a tensor under a canonical name, in place of those that it was made from."""
+        self._held[name] = (name, tensor)
 
     def peek(self, name: str) -> Tensor:
         """A tensor that stays to be taken."""
@@ -115,6 +137,16 @@ class Tensors:
 def own_key(site: str, param: str) -> str:
     """The name of a tensor in Lorica's own layout; tensors that the whole adapter shares have no site."""
     return f"{OWN}site.{site}.{param}" if site else f"{OWN}shared.{param}"
+
+
+def experts_module(site: Site) -> str:
+    """The module whose parameter an expert's site is a slice of: `model.layers.0.mlp.experts`."""
+    return site.name.removesuffix(f".{site.expert}.{site.role}")
+
+
+def stacked(site: Site) -> str:
+    """The name of that parameter: `model.layers.0.mlp.experts.down_proj`."""
+    return f"{experts_module(site)}.{site.role}"
 
 
 def is_named(module: str, targets: Iterable[str] | str) -> bool:

@@ -2,14 +2,14 @@
 
 In: an adapter, or a PEFT config with its tensors. Out: tensors and settings whose maths PEFT reproduces on the
 original base, or a layout and its values. PiSSA is written as the plain LoRA `[B, −B₀] [A; A₀]` of rank 2r, so PEFT
-needs no residual base. Refuses to know files.
+needs no residual base. Refuses to know files, and how fused experts are stacked (`peft_experts`).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
-from lorica.adapters.peft_config import pattern_value, targeted
-from lorica.adapters.peft_keys import PREFIX, Tensors, shortest
+from lorica.adapters.peft_config import alpha_of, check_rank, targeted, written_name
+from lorica.adapters.peft_experts import StackedFactors, expert_ranks, join_experts, write_experts
+from lorica.adapters.peft_keys import PREFIX, Tensors, experts_module, shortest, stacked
 from lorica.core.errors import FormatError, MismatchError
 from lorica.core.site import Site
 from lorica.methods.base import Method
@@ -39,9 +40,11 @@ def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
         method = adapter.layout.methods[name]
         assert isinstance(method, LoRALike)
         if site.kind == "expert":
-            if "m" in adapter.layout.specs[name] or "bias" in adapter.layout.specs[name]:
+            if "m" in adapter.layout.specs[name] or _has_bias(adapter):
                 return "PEFT has neither DoRA nor a bias for fused experts"
-            experts.setdefault(_stacked(site), set()).add((method.rank, method.alpha))
+            experts.setdefault(stacked(site), set()).add((method.rank, method.alpha))
+        elif site.kind == "embedding" and _has_bias(adapter):
+            return "PEFT has no `lora_bias` beside an embedding"
         elif site.kind == "conv":
             module: Any = backbone.module_of(name)
             if module.padding_mode != "zeros" or any(step != 1 for step in module.dilation):
@@ -55,15 +58,6 @@ def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
 
 def _like(methods: list[Method]) -> list[LoRALike]:
     return [m for m in methods if isinstance(m, LoRALike)]
-
-
-def _stacked(site: Site) -> str:
-    """The name of the tensor that an expert's site is a slice of: `model.layers.0.mlp.experts.down_proj`."""
-    return f"{_experts_module(site)}.{site.role}"
-
-
-def _experts_module(site: Site) -> str:
-    return site.name.removesuffix(f".{site.expert}.{site.role}")
 
 
 # -- writing -------------------------------------------------------------------------------------------------------
@@ -81,13 +75,13 @@ def settings(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
         assert isinstance(own, LoRALike)
         groups = backbone.module_of(name).groups if site.kind == "conv" else 1
         own_rank, own_alpha = _size(own, int(groups))  # type: ignore[arg-type]
-        key = "^" + re.escape(_stacked(site) if site.kind == "expert" else name)
+        key = "^" + re.escape(stacked(site) if site.kind == "expert" else name)
         if own_rank != rank:
             ranks[key] = own_rank
         if own_alpha != alpha:
             alphas[key] = own_alpha
     sites = adapter.layout.sites.values()
-    stacked = sorted({_stacked(site) for site in sites if site.kind == "expert"})
+    parameters = sorted({stacked(site) for site in sites if site.kind == "expert"})
     plain = [site.name for site in sites if site.kind != "expert"]
     return {
         "peft_type": "LORA",
@@ -97,13 +91,13 @@ def settings(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
         "use_dora": any("m" in owned for owned in adapter.layout.specs.values()),
         "lora_bias": _has_bias(adapter),
         # PEFT refuses dropout at fused experts; after training it changes nothing
-        "lora_dropout": 0.0 if stacked else getattr(method, "dropout", 0.0),
+        "lora_dropout": 0.0 if parameters else getattr(method, "dropout", 0.0),
         "bias": "none",
         "init_lora_weights": True,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "target_modules": shortest(plain, (n for n, _ in backbone.module.named_modules())) if plain else [],
-        "target_parameters": stacked or None,
+        "target_parameters": parameters or None,
         "fan_in_fan_out": any(site.kind == "linear" and site.transposed for site in sites),
         "modules_to_save": None,
     }
@@ -123,13 +117,13 @@ def _has_bias(adapter: Adapter) -> bool:
 def encode(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     """Every tensor under PEFT's name."""
     found: dict[str, Tensor] = {}
-    experts: dict[str, list[Site]] = {}
+    experts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
     for name, site in adapter.layout.sites.items():
-        if site.kind == "expert":
-            experts.setdefault(_stacked(site), []).append(site)
-            continue
         p = adapter.values(name)
         A, B = _factors(p)
+        if site.kind == "expert":
+            experts.setdefault(stacked(site), {})[name] = A, B
+            continue
         if site.kind == "embedding":
             found |= {f"{name}.lora_embedding_A": A, f"{name}.lora_embedding_B": B}
         elif site.kind == "conv":
@@ -142,9 +136,10 @@ def encode(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
             found[f"{name}.lora_magnitude_vector"] = p["m"].view(_magnitude(site))
         if _has_bias(adapter):
             found[f"{name}.lora_B.bias"] = p.get("bias", torch.zeros(site.out_features, dtype=B.dtype))
+    named = {PREFIX + key: tensor for key, tensor in found.items()}
     for members in experts.values():
-        found |= _encode_experts(adapter, backbone, members)
-    return {PREFIX + key: tensor for key, tensor in found.items()}
+        named |= write_experts(adapter, backbone, members)
+    return named
 
 
 def _factors(p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -168,45 +163,20 @@ def _spread(A: Tensor, groups: int) -> Tensor:
     return out.view(groups * A.shape[0], groups * A.shape[1], *A.shape[2:])
 
 
-def _wrapper(backbone: Backbone, module: str, parameters: list[str], parameter: str) -> str:
-    """PEFT wraps once for each targeted parameter, in the module's order; the innermost has the longest name."""
-    order = [p for p in backbone.module.get_submodule(module)._parameters if p in parameters]
-    return module + ".base_layer" * (len(order) - 1 - order.index(parameter))
-
-
-def _encode_experts(adapter: Adapter, backbone: Backbone, members: list[Site]) -> dict[str, Tensor]:
-    """A as [experts · r, in], B as [out, r · experts], the expert fastest; experts that are not adapted are zero."""
-    first = members[0]
-    module = _experts_module(first)
-    parameters = [
-        s.role for s in adapter.layout.sites.values() if s.expert is not None and _experts_module(s) == module
-    ]
-    count = len(getattr(backbone.module_of(first.name), first.role))
-    A, B = _factors(adapter.values(first.name))
-    A_ERI, B_ORE = A.new_zeros(count, *A.shape), B.new_zeros(*B.shape, count)
-    for site in members:
-        assert site.expert is not None
-        A_ERI[site.expert], B_ORE[:, :, site.expert] = _factors(adapter.values(site.name))
-    where = _wrapper(backbone, module, parameters, first.role)
-    return {f"{where}.lora_A.weight": A_ERI.flatten(0, 1), f"{where}.lora_B.weight": B_ORE.flatten(1)}
-
-
 # -- reading -------------------------------------------------------------------------------------------------------
 
 
-def decode(adapter: Adapter, held: Tensors, backbone: Backbone) -> None:
-    """Fill an adapter whose layout is known. Raises FormatError for missing tensors, MismatchError for other shapes."""
-    stacked: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, site in adapter.layout.sites.items():
-        if not isinstance(adapter.layout.methods[name], LoRALike):
-            continue  # a whole bias or module beside the factors
-        specs = adapter.layout.specs[name]
-        A, B = _read_expert(adapter, held, backbone, site, stacked) if site.kind == "expert" else _read(held, site)
+def decode(adapter: Adapter, held: Tensors, backbone: Backbone, names: Collection[str]) -> None:
+    """Fill an adapter's sites `names`. Raises FormatError for missing tensors, MismatchError for other shapes."""
+    experts = StackedFactors(adapter, held, backbone)
+    for name in names:
+        site, specs = adapter.layout.sites[name], adapter.layout.specs[name]
+        A, B = experts.of(site) if site.kind == "expert" else _read(held, site)
         rank = specs["A"].shape[0]
         if site.kind == "conv":
             module: Any = backbone.module_of(name)
             A, B = _gather(A, module.groups, name, held.file), B.flatten(1)
-        if "A0" in specs and f"{name}.A0" not in held:
+        if "A0" in specs and A.shape[0] == 2 * rank:  # PEFT's own PiSSA has the factors alone
             values = {"A": A[:rank], "A0": A[rank:], "B": B[:, :rank], "B0": -B[:, rank:]}
         else:
             values = {"A": A, "B": B}
@@ -253,27 +223,6 @@ def _gather(A: Tensor, groups: int, name: str, file: object) -> Tensor:
     return own
 
 
-def _read_expert(
-    adapter: Adapter, held: Tensors, backbone: Backbone, site: Site, stacked: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """One expert's factors, cut from the stacked tensors."""
-    assert site.expert is not None
-    count = len(getattr(backbone.module_of(site.name), site.role))
-    key = _stacked(site)
-    if key not in stacked:
-        module = _experts_module(site)
-        parameters = [
-            s.role for s in adapter.layout.sites.values() if s.expert is not None and _experts_module(s) == module
-        ]
-        where = _wrapper(backbone, module, parameters, site.role)
-        A, B = held.take(f"{where}.lora_A.weight"), held.take(f"{where}.lora_B.weight")
-        if A.shape[0] % count or B.shape[1] % count:
-            raise MismatchError(f"{held.file} holds factors of {key!r} that do not divide among its {count} experts.")
-        stacked[key] = A.view(count, -1, A.shape[1]), B.view(B.shape[0], -1, count)
-    A_ERI, B_ORE = stacked[key]
-    return A_ERI[site.expert], B_ORE[:, :, site.expert]
-
-
 def plan(method_class: type[Method], config: Mapping[str, Any], held: Tensors, backbone: Backbone) -> Layout:
     """The sites that a PEFT file adapts, each with its rank and alpha. Raises FormatError, MismatchError."""
     base = {
@@ -284,26 +233,23 @@ def plan(method_class: type[Method], config: Mapping[str, Any], held: Tensors, b
     if issubclass(method_class, LoRA):
         base |= {"dropout": config.get("lora_dropout", 0.0), "lora_bias": bool(config.get("lora_bias"))}
     method = method_class(**base)
+    joined = join_experts(config, held, backbone)
     ranks = _ranks(config, held, backbone)
-    missing = [name for name in targeted(config, backbone, method.kinds) if name not in ranks]
+    missing = [name for name in targeted(config, backbone, method.kinds, held.as_written) if name not in ranks]
     if missing:
-        raise FormatError(f"{held.file} lacks the tensors of {missing[0]!r}, which its target_modules select.")
+        raise FormatError(f"{held.file} lacks the tensors of {missing[0]!r}, which its settings select.")
     picked: dict[str, tuple[Site, Method]] = {}
     for name, site in backbone.sites.items():
         if name not in ranks:
             continue
-        key = _stacked(site) if site.kind == "expert" else name
-        told, groups = pattern_value(config.get("rank_pattern"), key, base["rank"]), 1
-        if site.kind == "conv":
-            module: Any = backbone.module_of(name)
-            groups = module.groups
-            if module.padding_mode != "zeros" or any(step != 1 for step in module.dilation):
-                raise MismatchError(f"PEFT drops the dilation and padding mode of {name!r}; Lorica keeps them.")
-        if told != ranks[name]:
-            raise FormatError(f"{held.file} has rank {ranks[name]} at {key!r}, where its settings say {told}.")
-        alpha = pattern_value(config.get("alpha_pattern"), key, base["alpha"])
-        rslora = base["rslora"]
-        changes = {"rank": told // groups, "alpha": alpha / (math.sqrt(groups) if rslora else groups)}
+        key, rank = written_name(site, held.as_written), ranks[name]
+        if name in joined:
+            alpha = joined[name] * (math.sqrt(rank) if base["rslora"] else rank)
+        else:
+            check_rank(config, key, rank, held.file)
+            alpha = alpha_of(config, key, held.file)
+        groups = _groups(backbone, site, held.file)
+        changes = {"rank": rank // groups, "alpha": alpha / (math.sqrt(groups) if base["rslora"] else groups)}
         if base.get("lora_bias") and site.kind == "expert":
             changes["lora_bias"] = False
         picked[name] = (site, method.replace(**changes))
@@ -312,10 +258,22 @@ def plan(method_class: type[Method], config: Mapping[str, Any], held: Tensors, b
     return Layout(method, picked)
 
 
+def _groups(backbone: Backbone, site: Site, file: object) -> int:
+    """Groups of a convolution, 1 elsewhere. Raises MismatchError for a geometry that PEFT's factors do not have."""
+    if site.kind != "conv":
+        return 1
+    module: Any = backbone.module_of(site.name)
+    if module.padding_mode != "zeros" or any(step != 1 for step in module.dilation):
+        raise MismatchError(
+            f"{file} adapts {site.name!r}, whose dilation and padding mode PEFT drops and Lorica keeps."
+        )
+    return int(module.groups)
+
+
 def _ranks(config: Mapping[str, Any], held: Tensors, backbone: Backbone) -> dict[str, int]:
     """The rank at every site that the file has factors for. Raises MismatchError for modules that are no sites."""
     found: dict[str, int] = {}
-    experts = {_experts_module(s): s for s in backbone.sites.values() if s.expert is not None}
+    experts = {experts_module(s) for s in backbone.sites.values() if s.expert is not None}
     for key in held:
         module, _, suffix = (
             key.partition(".lora_A.weight") if ".lora_A.weight" in key else key.partition(".lora_embedding_A")
@@ -324,23 +282,9 @@ def _ranks(config: Mapping[str, Any], held: Tensors, backbone: Backbone) -> dict
             continue
         outer = module.split(".base_layer")[0]
         if outer in experts:
-            found |= _expert_ranks(config, backbone, outer, module.count(".base_layer"), held.peek(key))
+            found |= expert_ranks(config, held, backbone, key)
         elif module not in backbone.sites:
             raise MismatchError(f"{held.file} adapts {module!r}, which is no site of {backbone.name!r}.")
         else:
             found[module] = held.peek(key).shape[0]
     return found
-
-
-def _expert_ranks(config: Mapping[str, Any], backbone: Backbone, module: str, depth: int, A: Tensor) -> dict[str, int]:
-    """The rank at each slice of the parameter that PEFT wrapped `depth` levels below the outermost."""
-    wanted = config.get("target_parameters") or []
-    names = list(backbone.module.get_submodule(module)._parameters)
-    order = [p for p in names if any(f".{module}.{p}".endswith(f".{entry}") for entry in wanted)]
-    if depth >= len(order):
-        raise FormatError(f"The factors of {module!r} fit no entry of target_parameters {list(wanted)}.")
-    role = order[len(order) - 1 - depth]
-    sites = [s.name for s in backbone.sites.values() if s.expert is not None and _stacked(s) == f"{module}.{role}"]
-    if not sites or A.shape[0] % len(sites):
-        raise MismatchError(f"The factors of {module}.{role} do not divide among {len(sites)} experts.")
-    return dict.fromkeys(sites, A.shape[0] // len(sites))

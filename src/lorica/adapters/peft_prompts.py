@@ -7,7 +7,7 @@ the table (the MLP of `projection`) travels beside it under names of ours. Refus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -79,15 +79,16 @@ def encode(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
     return found
 
 
-def decode(adapter: Adapter, held: Tensors, backbone: Backbone) -> None:
-    """Fill an adapter whose layout is known. Raises FormatError for missing tensors, MismatchError for other shapes."""
-    method, sites = adapter.method, adapter.layout.sites
+def decode(adapter: Adapter, held: Tensors, backbone: Backbone, names: Collection[str]) -> None:
+    """Fill an adapter's sites `names`. Raises FormatError for missing tensors, MismatchError for other shapes."""
+    method, sites = adapter.method, {name: adapter.layout.sites[name] for name in names}
     table = held.take(TABLE)
     if not isinstance(method, Prefix):
         put(adapter, next(iter(sites)), {"prompt": table}, held.file)
     elif method.projection:
-        for site, specs in adapter.layout.specs.items():
-            put(adapter, site, {param: held.take(own_key(site, param)) for param in specs}, held.file)
+        for name in (GLOBAL, *sites):
+            params = adapter.layout.specs[name]
+            put(adapter, name, {param: held.take(own_key(name, param)) for param in params}, held.file)
     else:
         widths = [2 * site.shape[0] * site.shape[1] for site in sites.values()]
         if table.ndim != 2 or table.shape[1] != sum(widths):

@@ -7,7 +7,7 @@ know files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,6 @@ from lorica.core.errors import FormatError, MismatchError
 from lorica.core.site import Site
 from lorica.methods.base import Method
 from lorica.methods.ia3 import IA3
-from lorica.methods.norm import Norm
 from lorica.methods.vera import VeRA
 from lorica.models.backbone import Backbone
 
@@ -102,15 +101,18 @@ def _scale_shape(site: Site, method: Method) -> tuple[int, ...]:
     return (1, -1) if method.is_feedforward(site) else (-1, 1)
 
 
-def decode(adapter: Adapter, held: Tensors, backbone: Backbone) -> None:
-    """Fill an adapter whose layout is known. Raises FormatError for missing tensors, MismatchError for other shapes."""
-    for name, specs in adapter.layout.specs.items():
+def decode(adapter: Adapter, held: Tensors, backbone: Backbone, names: Collection[str]) -> None:
+    """Fill an adapter's sites `names`. Raises FormatError for missing tensors, MismatchError for other shapes."""
+    if isinstance(adapter.method, VeRA):
+        _decode_projections(adapter, held)
+    for name in names:
         if isinstance(adapter.method, VeRA):
-            _decode_vera(adapter, held, name)
-        elif isinstance(adapter.layout.methods[name], IA3):
+            values = {"d": held.take(f"{name}.vera_lambda_d"), "b": held.take(f"{name}.vera_lambda_b")}
+            put(adapter, name, values, held.file)
+        elif isinstance(adapter.method, IA3):
             put(adapter, name, {"l": held.take(f"{name}.ia3_l").flatten()}, held.file)
-        elif isinstance(adapter.method, Norm):
-            for param in specs:
+        else:
+            for param in adapter.layout.specs[name]:
                 stored = held.take(f"{name}.ln_tuning_layers.{param}")
                 old = backbone.weight(name).matrix() if param == "weight" else backbone.bias(name)
                 assert old is not None
@@ -121,16 +123,12 @@ def decode(adapter: Adapter, held: Tensors, backbone: Backbone) -> None:
                 put(adapter, name, {param: change}, held.file)
 
 
-def _decode_vera(adapter: Adapter, held: Tensors, name: str) -> None:
-    if name != GLOBAL:
-        put(
-            adapter, name, {"d": held.take(f"{name}.vera_lambda_d"), "b": held.take(f"{name}.vera_lambda_b")}, held.file
-        )
-    elif "vera_A" in held or "vera_B" in held:
-        put(adapter, GLOBAL, {"A": held.take("vera_A"), "B": held.take("vera_B")}, held.file)
+def _decode_projections(adapter: Adapter, held: Tensors) -> None:
+    if "vera_A" in held or "vera_B" in held:
+        values = {"A": held.take("vera_A"), "B": held.take("vera_B")}
     else:
-        sites = list(adapter.layout.sites.values())
-        put(adapter, GLOBAL, adapter.method.init_global(sites, adapter._rng(GLOBAL)), held.file)
+        values = adapter.method.init_global(adapter.layout.own_sites(), adapter._rng(GLOBAL))
+    put(adapter, GLOBAL, values, held.file)
 
 
 def plan(method_class: type[Method], config: Mapping[str, Any], held: Tensors, backbone: Backbone) -> Layout:
@@ -142,21 +140,24 @@ def plan(method_class: type[Method], config: Mapping[str, Any], held: Tensors, b
     foreign = [name for name in present if name not in backbone.sites]
     if foreign:
         raise MismatchError(f"{held.file} adapts {foreign[0]!r}, which is no site of {backbone.name!r}.")
-    missing = set(targeted(config, backbone, method.kinds)) - set(present)
+    missing = set(targeted(config, backbone, method.kinds, held.as_written)) - set(present)
     if missing:
-        raise FormatError(f"{held.file} lacks the tensors of {min(missing)!r}, which its target_modules select.")
+        raise FormatError(f"{held.file} lacks the tensors of {min(missing)!r}, which its settings select.")
     if method_class is VeRA and config.get("save_projection", True) and "vera_A" not in held:
         raise FormatError(f"{held.file} lacks 'base_model.vera_A', which save_projection promises.")
     if not present:
         raise FormatError(f"{held.file} holds no {method_class.peft.peft_type} tensors.")
-    return Layout(method, {name: (site, method) for name, site in backbone.sites.items() if name in present})
+    # PEFT tunes whatever it is told to as a norm; whole weights of other kinds are dense differences (`peft_extras`)
+    return Layout(
+        method, {n: (s, method) for n, s in backbone.sites.items() if n in present and s.kind in method.kinds}
+    )
 
 
 def _method(method_class: type[Method], config: Mapping[str, Any], present: list[str], held: Tensors) -> Method:
     assert method_class.peft is not None
     if method_class is IA3:
         inner = config.get("feedforward_modules") or ()
-        return IA3(feedforward=tuple(name for name in present if is_named(name, inner)))
+        return IA3(feedforward=tuple(name for name in present if is_named(held.as_written(name), inner)))
     fields = method_class.peft.fields
     values = {ours: config[theirs] for theirs, ours in fields.items() if config.get(theirs) is not None}
     return method_class(**values)

@@ -26,9 +26,10 @@ class Delta(Method):
 
     Δ is stored for output rows `[first, last)` and input columns `[first, last)` only, [rows, columns, *kernel], and
     is zero elsewhere; it starts at zero, so decay pulls towards the base. At an embedding, rows are features and
-    columns are tokens; a norm has rows only. Parameters: rows · columns a site. Raises MethodError when a slice does
-    not fit a site. A trained difference to frozen weights is the setting of diff pruning (arXiv 2012.07463), here
-    with a chosen slice instead of a learned mask.
+    columns are tokens; a norm has rows only. With `bias`, b₀ of the chosen rows is trained too, where a site has one.
+    Parameters: rows · columns a site (and rows). Raises MethodError when a slice does not fit a site. A trained
+    difference to frozen weights is the setting of diff pruning (arXiv 2012.07463), here with a chosen slice instead
+    of a learned mask.
     """
 
     name: ClassVar[str] = "delta"
@@ -40,6 +41,7 @@ class Delta(Method):
     columns: Span | None = Field(
         None, description="input columns (channels, tokens) `[first, last)` to train; null is all"
     )
+    bias: bool = Field(False, description="also train a difference to the bias, at the sites that have one")
 
     def _slices(self, site: Site) -> list[Span]:
         """The trained span of each of the weight's first two axes. Raises MethodError when one does not fit."""
@@ -59,13 +61,15 @@ class Delta(Method):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         sizes = [last - first for first, last in self._slices(site)]
-        return {"delta": ParamSpec((*sizes, *site.shape[2:]))}
+        specs = {"delta": ParamSpec((*sizes, *site.shape[2:]))}
+        return {**specs, "bias": ParamSpec((sizes[0],), decay=False)} if self.bias and site.bias else specs
 
     def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"delta": torch.zeros(self.params(site)["delta"].shape)}
+        return {name: torch.zeros(spec.shape) for name, spec in self.params(site).items()}
 
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> LinearUpdate:
         pads: list[int] = [0, 0] * len(site.shape[2:])
         for size, (first, last) in reversed(list(zip(site.shape, self._slices(site), strict=False))):
             pads += [first, size - last]
-        return LinearUpdate(delta=F.pad(p["delta"], pads) if any(pads) else p["delta"])
+        delta = F.pad(p["delta"], pads) if any(pads) else p["delta"]
+        return LinearUpdate(delta=delta, bias_O=F.pad(p["bias"], pads[-2:]) if "bias" in p else None)

@@ -162,13 +162,12 @@ def _assemble(adapter: Adapter, factored: Mapping[str, Factored], biases: Mappin
     common = Counter(found.rank for found in factored.values()).most_common(1)[0][0]
     biased = any(change is not None for change in biases.values())
     method = LoRA(rank=common, alpha=float(common), lora_bias=biased)
-    layout = Layout(
-        method,
-        {
-            name: (adapter.layout.sites[name], method.replace(rank=found.rank, alpha=float(found.rank)))
-            for name, found in factored.items()
-        },
-    )
+    picked = {}
+    for name, found in factored.items():
+        site = adapter.layout.sites[name]
+        changes = {"rank": found.rank, "alpha": float(found.rank), "lora_bias": biased and site.kind != "embedding"}
+        picked[name] = (site, method.replace(**changes))
+    layout = Layout(method, picked)
     dtype = torch.promote_types(adapter.flat.dtype, torch.float32)
     exported = Adapter(adapter.name, layout, seed=adapter.seed, base=adapter.base, dtype=dtype)
     exported.to(device=adapter.flat.device)
