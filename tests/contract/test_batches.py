@@ -34,7 +34,7 @@ def crowd(family: str) -> tuple[Host, list[str | list[str] | None]]:
     for index, name in enumerate(METHODS):
         if Case(family, name) in CASES:
             add(host, name, small(name), seed=index)
-    add(host, "tall", small("lora", rank=5), seed=40)
+    add(host, "tall", small("lora", rank=4), seed=40)
     add(host, "late", small("lora"), seed=41)  # in no row
     names = [name for name in host.adapters if name not in ("late", "prompt")]
     rows: list[str | list[str] | None] = [*names[::-1], None, *(["prompt"] if "prompt" in host.adapters else [])]
@@ -151,9 +151,9 @@ def test_padding_a_smaller_rank_with_zeros_changes_nothing(case: Case) -> None:
         return  # only of factors of its own is a zero row nothing
     small_rank, sites = host.adapter("a"), host.adapter("a").layout.sites
     rank = getattr(method, "rank")  # noqa: B009
-    fields = {"rank": rank + 2}
+    fields = {"rank": rank + 1}
     if "alpha" in type(method).model_fields:
-        fields["alpha"] = getattr(method, "alpha") * (rank + 2) / rank  # noqa: B009
+        fields["alpha"] = getattr(method, "alpha") * (rank + 1) / rank  # noqa: B009
     wide = host.add("wide", method.replace(**fields), tuple(sites), dtype=torch.float64)
     for site, param, tensor in list(wide.named_tensors()):
         source = small_rank.tensors(site)[param].detach()

@@ -21,7 +21,7 @@ def residents(family: str, *, head: bool) -> tuple[Host, Rows]:
     for index, name in enumerate(METHODS):
         if Case(family, name) in CASES:
             add(host, name, small(name), seed=index, head=head)
-    add(host, "tall", small("lora", rank=5), seed=40, head=head)
+    add(host, "tall", small("lora", rank=4), seed=40, head=head)
     add(host, "absent", small("lora"), seed=41, head=head)
     names = [name for name in host.adapters if name != "absent"]
     return host, ["lora", None, *names[::-1], None, ["dora", "ia3", "lora"], ["prompt", "prefix"], "lora"]

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
+from lorica.core.errors import MethodError
+from lorica.core.update import LinearUpdate
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import tiny
+from lorica.models import tiny, wrap
 from tests.contract.cases import close, perturb
 
 HOME = "model.layers.0.mlp.experts"
@@ -105,3 +110,65 @@ def test_any_number_of_experts_for_each_token(chosen: int) -> None:
     for row, names in enumerate((("a",), ("b",), ("b", "a"))):
         host.activate(*names)
         close(y[row], host(input_ids=IDS[row : row + 1]).logits[0], 1e-11)
+
+
+def test_experts_with_biases_and_a_gate_of_their_own_are_their_tokens_one_by_one() -> None:
+    config = transformers.GptOssConfig(hidden_size=6, intermediate_size=5, num_local_experts=3, num_experts_per_tok=2)
+    config._experts_implementation = "eager"
+    module = GptOssExperts(config).double()
+    rng = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, generator=rng)
+    host = Host(wrap(torch.nn.ModuleDict({"experts": module})))
+    adapter = host.add("a", make_method("lora", rank=2, lora_bias=True), "all-expert", dtype=torch.float64)
+    perturb(adapter, 0.3)
+    x = torch.randn(8, 6, generator=rng, dtype=torch.float64)
+    index = torch.stack([torch.randperm(3, generator=rng)[:2] for _ in range(8)])
+    share = torch.rand(8, 2, generator=rng, dtype=torch.float64)
+    plain = module(x, index, share)
+    host.activate("a")
+    found = module(x, index, share)
+    assert (found - plain).abs().max() > 0.1
+    host.merge("a")
+    close(module(x, index, share), found, 1e-12)
+
+
+def test_experts_that_are_not_told_their_tokens_are_refused() -> None:
+    text = transformers.Llama4TextConfig(hidden_size=6, intermediate_size=5, num_local_experts=3)
+    host = Host(wrap(torch.nn.ModuleDict({"experts": Llama4TextExperts(text)})))
+    with pytest.raises(MethodError, match="Llama4TextExperts does not say which tokens an expert sees"):
+        host.add("a", make_method("lora", rank=2), "all-expert")
+    assert not host.adapters
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_router_chooses_by_its_adapted_logits_row_by_row(dropout: float) -> None:
+    host = moe(num_experts_per_tok=4)  # all of them, so that a small change of logits shows
+    for seed, name in enumerate("ab"):
+        method = make_method("lora", rank=2, dropout=dropout)
+        perturb(host.add(name, method, "mlp.gate", seed=seed, dtype=torch.float64), 0.5, seed)
+    module, site = host.backbone.module_of("model.layers.0.mlp.gate"), "model.layers.0.mlp.gate"
+    x = torch.randn(12, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with host.rows(["b", None, "a"]):
+        found = module(x)
+    for rows, owner in ((slice(0, 4), "b"), (slice(4, 8), None), (slice(8, 12), "a")):
+        weight = host.backbone.weight(site).matrix()
+        if owner is not None:
+            update = host.adapter(owner).update(site, host.backbone.weight(site))
+            assert isinstance(update, LinearUpdate)
+            weight = update.effective(weight)
+        logits = x[rows] @ weight.T
+        close(found[0][rows], logits, 1e-12)
+        close(found[1][rows], logits.softmax(-1, dtype=torch.float32).sort(-1, descending=True)[0].double(), 1e-6)
+    with host.rows(["b", None, "a"]):
+        logits = host(input_ids=IDS).logits
+        logits.sum().backward()
+    assert host.adapter("a").grad.any() and host.adapter("b").grad.any()
+
+
+def test_routers_are_adapted_only_when_they_are_named() -> None:
+    host = moe()
+    for targets in ("all-linear", "all", "all-expert"):
+        sites = host.layout(make_method("lora", rank=2), targets).sites.values()
+        assert sites and not any(site.router for site in sites)
+    assert all(site.router for site in host.layout(make_method("lora", rank=2), "mlp.gate").sites.values())

@@ -57,6 +57,7 @@ EXPECTED: dict[str, list[Site]] = {
         Site("lm_head", "linear", (128, 32), tied=True, head=True),
     ],
     "qwen3-moe": [
+        Site("model.layers.0.mlp.gate", "linear", (4, 32), layer=0, router=True),
         Site("model.layers.0.mlp.experts.0.gate_up_proj", "expert", (48, 32), layer=0, expert=0),
         Site("model.layers.1.mlp.experts.3.down_proj", "expert", (32, 24), layer=1, expert=3),
         Site("lm_head", "linear", (128, 32), head=True),
@@ -121,7 +122,7 @@ def test_each_family_lists_its_own_peculiarities(family: str) -> None:
     [
         ("llama", {"input": 1, "embedding": 1, "attention": 2, "linear": 15, "norm": 5}),
         ("qwen3", {"input": 1, "embedding": 1, "attention": 2, "linear": 15, "norm": 9}),
-        ("qwen3-moe", {"input": 1, "embedding": 1, "attention": 2, "linear": 9, "expert": 16, "norm": 9}),
+        ("qwen3-moe", {"input": 1, "embedding": 1, "attention": 2, "linear": 11, "expert": 16, "norm": 9}),
         ("gemma", {"input": 1, "embedding": 1, "attention": 2, "linear": 15, "norm": 5}),
         ("gpt2", {"input": 1, "embedding": 2, "attention": 2, "linear": 9, "norm": 5}),
         ("bert", {"input": 1, "embedding": 3, "attention": 2, "linear": 14, "norm": 6}),

@@ -20,6 +20,7 @@ from tests.parity.both import (
     UNMATCHED,
     Make,
     close,
+    from_peft,
     in_peft,
     loaded,
     lora,
@@ -125,3 +126,16 @@ def test_a_stacked_file_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
     save_file({key: tensor for key, tensor in tensors.items() if "layers.1." not in key}, tmp_path / WEIGHTS)
     with pytest.raises(FormatError, match=r"lacks the tensors of 'model.layers.1.mlp.experts.0.down_proj'"):
         loaded(tmp_path, QWEN)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(target_parameters=["mlp.gate.weight"], rank_pattern={r"layers\.1\.mlp\.gate\.weight": 2}),
+        lora("q_proj", target_parameters=["mlp.gate.weight", "mlp.experts.down_proj"]),
+        lora(target_modules="all-linear"),
+    ],
+    ids=["router", "router and experts", "all-linear"],
+)
+def test_routers_are_read_and_written_as_parameters(config: Any, tmp_path: Path) -> None:
+    from_peft(config, QWEN, tmp_path)

@@ -308,15 +308,18 @@ def targeted(
         if site.expert is not None:
             hit = is_named(name, parameters)
         else:
-            hit = _selects(config, site, name) or is_named(f"{name}.weight", parameters)
+            parameter = name if site.router else f"{name}.weight"
+            hit = (not site.router and _selects(config, site, name)) or is_named(parameter, parameters)
         if hit:
             found.append(site.name)
     return found
 
 
 def written_name(site: Site, as_written: Callable[[str], str]) -> str:
-    """What the config's patterns call a site's module; for an expert, the parameter that it is a slice of."""
-    return as_written(site.name) if site.expert is None else f"{as_written(experts_module(site))}.{site.role}"
+    """What the config's patterns call a site's module; for an expert or a router, the parameter."""
+    if site.expert is not None:
+        return f"{as_written(experts_module(site))}.{site.role}"
+    return f"{as_written(site.name)}.weight" if site.router else as_written(site.name)
 
 
 def _selects(config: Mapping[str, Any], site: Site, name: str) -> bool:

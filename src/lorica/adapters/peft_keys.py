@@ -149,6 +149,13 @@ def stacked(site: Site) -> str:
     return f"{experts_module(site)}.{site.role}"
 
 
+def parameter_of(site: Site) -> str | None:
+    """The entry of `target_parameters` that adapts a site whose module is no linear layer to PEFT; None elsewhere."""
+    if site.kind == "expert":
+        return stacked(site)
+    return f"{site.name}.weight" if site.router else None
+
+
 def is_named(module: str, targets: Iterable[str] | str) -> bool:
     """PEFT's rule for `target_modules`: a string is a regular expression for the whole name, a list holds names and
     suffixes.

@@ -19,7 +19,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
 from lorica.adapters.peft_config import alpha_of, check_rank, targeted, written_name
 from lorica.adapters.peft_experts import StackedFactors, expert_ranks, join_experts, write_experts
-from lorica.adapters.peft_keys import PREFIX, Tensors, experts_module, shortest, stacked
+from lorica.adapters.peft_keys import PREFIX, Tensors, experts_module, parameter_of, shortest, stacked
 from lorica.core.errors import FormatError, MismatchError
 from lorica.core.site import Site
 from lorica.methods.base import Method
@@ -43,6 +43,8 @@ def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
             if "m" in adapter.layout.specs[name] or _has_bias(adapter):
                 return "PEFT has neither DoRA nor a bias for fused experts"
             experts.setdefault(stacked(site), set()).add((method.rank, method.alpha))
+        elif site.router and ("m" in adapter.layout.specs[name] or _has_bias(adapter)):
+            return "PEFT has neither DoRA nor a bias for routers"
         elif site.kind == "embedding" and _has_bias(adapter):
             return "PEFT has no `lora_bias` beside an embedding"
         elif site.kind == "conv":
@@ -75,14 +77,14 @@ def settings(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
         assert isinstance(own, LoRALike)
         groups = backbone.module_of(name).groups if site.kind == "conv" else 1
         own_rank, own_alpha = _size(own, int(groups))  # type: ignore[arg-type]
-        key = "^" + re.escape(stacked(site) if site.kind == "expert" else name)
+        key = "^" + re.escape(parameter_of(site) or name)
         if own_rank != rank:
             ranks[key] = own_rank
         if own_alpha != alpha:
             alphas[key] = own_alpha
     sites = adapter.layout.sites.values()
-    parameters = sorted({stacked(site) for site in sites if site.kind == "expert"})
-    plain = [site.name for site in sites if site.kind != "expert"]
+    parameters = sorted({entry for site in sites if (entry := parameter_of(site)) is not None})
+    plain = [site.name for site in sites if parameter_of(site) is None]
     return {
         "peft_type": "LORA",
         "r": rank,
@@ -90,7 +92,7 @@ def settings(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
         "use_rslora": method.rslora,
         "use_dora": any("m" in owned for owned in adapter.layout.specs.values()),
         "lora_bias": _has_bias(adapter),
-        # PEFT refuses dropout at fused experts; after training it changes nothing
+        # PEFT refuses dropout at bare parameters; after training it changes nothing
         "lora_dropout": 0.0 if parameters else getattr(method, "dropout", 0.0),
         "bias": "none",
         "init_lora_weights": True,

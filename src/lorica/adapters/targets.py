@@ -18,17 +18,17 @@ from lorica.core.site import Site
 from lorica.methods.base import Method
 
 KEYWORDS: dict[str, Callable[[Site], bool]] = {
-    "all": lambda site: not site.head,
-    "all-linear": lambda site: site.kind == "linear" and not site.head,
+    "all": lambda site: not site.head and not site.router,
+    "all-linear": lambda site: site.kind == "linear" and not site.head and not site.router,
     "all-expert": lambda site: site.kind == "expert",
     "all-embedding": lambda site: site.kind == "embedding",
     "all-conv": lambda site: site.kind == "conv",
     "all-norm": lambda site: site.kind == "norm",
     "all-attention": lambda site: site.kind == "attention",
-    "all-bias": lambda site: site.bias and not site.head,
+    "all-bias": lambda site: site.bias and not site.head and not site.router,
     "input": lambda site: site.kind == "input",
 }
-"""Words that select by kind. The output head is left out unless it is named."""
+"""Words that select by kind. The output head and routers are left out unless they are named."""
 
 
 class Targets(Config):

@@ -31,6 +31,7 @@ class Site:
         tied: the weight is shared with another site (tied embeddings), so it cannot be merged alone.
         scale: constant by which the module multiplies its output (Gemma's embedding); 1 elsewhere.
         head: the site is the output embedding (language-model head or classifier), left out of `all-linear`.
+        router: the site chooses experts for tokens, left out of `all-linear`.
         expert: index of the expert inside a fused tensor, or None.
         query_heads: attention only; the number of query heads.
     """
@@ -44,6 +45,7 @@ class Site:
     tied: bool = False
     scale: float = 1.0
     head: bool = False
+    router: bool = False
     expert: int | None = None
     query_heads: int = 0
 

@@ -6,12 +6,14 @@ Out: a stand-in for its forward. Only tokens that reach an expert are computed. 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorica.core.errors import MethodError
 from lorica.core.site import Site
 from lorica.engine.executor import Executor
 from lorica.engine.linear import Base
@@ -23,12 +25,20 @@ class ExpertsForward(SiteForward):
     """Stands in for a fused experts module once any of its slices is adapted.
 
     `sites[parameter][expert]` are the sites of the slices. The module computes
-    `Σ_k w_k · down_e(act(gate_e(x)) ⊙ up_e(x))` over the experts e chosen for each token.
+    `Σ_k w_k · down_e(gated(gate_up_e(x)))` over the experts e chosen for each token, with a gate of its own or
+    `act(gate) ⊙ up`. Raises MethodError for a module that is not handed the choice of experts (Llama 4).
     """
 
     def __init__(self, executor: Executor, module: nn.Module, sites: dict[str, dict[int, Site]]) -> None:
         super().__init__(executor, module, next(iter(next(iter(sites.values())).values())))
         self.sites = sites
+        given = list(inspect.signature(type(module).forward).parameters)
+        if len(given) < 4 or not {"gate_up_proj", "down_proj"} <= sites.keys():
+            raise MethodError(
+                f"{type(module).__name__} does not say which tokens an expert sees, so its experts cannot be adapted "
+                "in a forward pass.",
+                hint="Leave them out of the targets; an adapter of theirs that exists can be merged into the weights.",
+            )
 
     def __call__(
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
@@ -39,23 +49,30 @@ class ExpertsForward(SiteForward):
             return cast(Tensor, self.inner(hidden_states, top_k_index, top_k_weights, *args, **kwargs))
         x_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
         out_NH = torch.zeros_like(x_NH)
-        module = cast(Any, self.module)
         for expert in torch.unique(top_k_index).tolist():
-            if expert >= module.num_experts:
+            if expert >= cast(Any, self.module).num_experts:
                 continue  # transformers' sentinel for tokens that another device serves
             token_n, choice_n = torch.where(top_k_index == expert)
             gate_up = self._slice("gate_up_proj", expert, x_NH[token_n], token_n, route, len(x_NH))
-            gate, up = gate_up.chunk(2, dim=-1)
-            y = self._slice("down_proj", expert, module.act_fn(gate) * up, token_n, route, len(x_NH))
+            y = self._slice("down_proj", expert, self._gated(gate_up), token_n, route, len(x_NH))
             out_NH = out_NH.index_add(0, token_n, (y * top_k_weights[token_n, choice_n, None]).to(out_NH.dtype))
         return out_NH.view(hidden_states.shape)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        """What the module makes of the joint map's outputs: GPT-OSS interleaves them, and clamps and shifts."""
+        module = cast(Any, self.module)
+        own = getattr(module, "_apply_gate", None)
+        if own is not None:
+            return cast(Tensor, own(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return cast(Tensor, module.act_fn(gate) * up)
 
     def _slice(self, param: str, expert: int, x_nI: Tensor, token_n: Tensor, route: Route, tokens: int) -> Tensor:
         """One expert's product, with the updates of the tokens that reached it."""
         site = self.sites[param][expert]
-        weight_OI = self.executor.backbone.weight(site.name).matrix()
+        weight_OI, bias_O = self.executor.backbone.weight(site.name).matrix(), self.executor.backbone.bias(site.name)
         work = self.executor.lower(site, subset(route.segments(tokens), token_n), route)
         if not work:
-            return F.linear(x_nI, weight_OI)
-        base = Base(lambda x: F.linear(x, weight_OI), lambda dy: dy @ weight_OI.to(dy.dtype), None)
+            return F.linear(x_nI, weight_OI, bias_O)
+        base = Base(lambda x: F.linear(x, weight_OI, bias_O), lambda dy: dy @ weight_OI.to(dy.dtype), bias_O)
         return stacked_linear(amp(x_nI), base, work, self.executor.compute)

@@ -21,7 +21,14 @@ from lorica.engine.executor import Executor
 from lorica.engine.experts import ExpertsForward
 from lorica.engine.inputs import Entrance, leave
 from lorica.engine.route import Route
-from lorica.engine.sites import ConvForward, EmbeddingForward, LinearForward, NormForward, SiteForward
+from lorica.engine.sites import (
+    ConvForward,
+    EmbeddingForward,
+    LinearForward,
+    NormForward,
+    RouterForward,
+    SiteForward,
+)
 
 FORWARDS: dict[str, type[SiteForward]] = {
     "linear": LinearForward,
@@ -75,7 +82,8 @@ class Hooks:
             elif site.kind == "expert":
                 self._cover_experts(site)
             else:
-                forward = FORWARDS[site.kind](self.executor, self.backbone.module_of(site.name), site)
+                stand_in = RouterForward if site.router else FORWARDS[site.kind]
+                forward = stand_in(self.executor, self.backbone.module_of(site.name), site)
                 forward.install()
                 self.forwards[site.name] = forward
 

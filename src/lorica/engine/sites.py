@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate
@@ -120,6 +121,39 @@ class LinearForward(SiteForward):
     def base(self) -> Base:
         weight_OI = self.executor.backbone.weight(self.site.name).matrix()
         return Base(self.inner, lambda dy_NO: dy_NO @ weight_OI.to(dy_NO.dtype), self.bias())
+
+
+class _Products(TorchFunctionMode):
+    """Inside, `F.linear` with one weight is another function of its input."""
+
+    def __init__(self, weight: Tensor, product: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.product = weight, product
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and len(args) > 1 and args[1] is self.weight:
+            return self.product(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+class RouterForward(SiteForward):
+    """A router of experts: its own forward, in which the product with its weight is the adapted one."""
+
+    def __call__(self, x: Tensor) -> Any:
+        if not self.executor.work(self.site, x.numel() // x.shape[-1]):
+            return self.inner(x)
+        weight = cast(Tensor, self.module.weight)
+        with _Products(weight, self._product):
+            return self.inner(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        x, leading = amp(x), x.numel() // x.shape[-1]
+        work = self.executor.work(self.site, leading)
+        weight_OI, bias_O = self.executor.backbone.weight(self.site.name).matrix(), self.bias()
+        base = Base(lambda x: F.linear(x, weight_OI, bias_O), lambda dy: dy @ weight_OI.to(dy.dtype), bias_O)
+        return stacked_linear(x.reshape(leading, -1), base, work, self.executor.compute).view(*x.shape[:-1], -1)
 
 
 class EmbeddingForward(SiteForward):

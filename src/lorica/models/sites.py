@@ -83,6 +83,9 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Place]:
                 yield Place(Site(name, "embedding", shape, layer=layer, transposed=True, scale=scale), module)
         elif isinstance(module, CONVS) and any(type(module).forward is conv.forward for conv in CONVS):
             yield Place(Site(name, "conv", tuple(weight.shape), has_bias, layer), module, bias=bias)
+        elif is_router(module):
+            site = Site(name, "linear", tuple(weight.shape), has_bias, layer, router=True)
+            yield Place(site, module, bias=bias)
         elif is_norm(module):
             yield Place(Site(name, "norm", tuple(weight.shape), has_bias, layer), module, bias=bias)
     heads = attention_heads(module)
@@ -102,6 +105,13 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, without importing transformers: none can exist before that."""
     home = sys.modules.get("transformers.pytorch_utils")
     return home is not None and isinstance(module, home.Conv1D)
+
+
+def is_router(module: nn.Module) -> bool:
+    """A router of experts that computes its logits by `F.linear` from a weight of its own."""
+    weight, code = module._parameters.get("weight"), getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    named = type(module).__name__.endswith("Router") and not isinstance(module, nn.Linear)
+    return named and weight is not None and weight.ndim == 2 and code is not None and "linear" in code.co_names
 
 
 def is_norm(module: nn.Module) -> bool:
