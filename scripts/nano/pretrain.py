@@ -16,7 +16,7 @@ import argparse
 import json
 import time
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,12 @@ def optimisers(model: Qwen3ForCausalLM, args: argparse.Namespace) -> list[Optimi
     return [muon, adam]
 
 
-def clock(text: str) -> float:
-    """HH:MM (UTC, today) as seconds since the epoch."""
+def clock(text: str, now: datetime | None = None) -> float:
+    """The HH:MM (UTC) that is nearest to now, as seconds since the epoch: of today, yesterday or tomorrow."""
     hour, minute = map(int, text.split(":"))
-    return datetime.now(UTC).replace(hour=hour, minute=minute, second=0, microsecond=0).timestamp()
+    now = now or datetime.now(UTC)
+    today = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return min((today + timedelta(days=d) for d in (-1, 0, 1)), key=lambda t: abs(t - now)).timestamp()
 
 
 def next_factor(progress: Progress, args: argparse.Namespace, rate: float) -> float:

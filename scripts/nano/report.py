@@ -1,7 +1,8 @@
 """Measure the model that ships and write its card.
 
-In: the folder that ships, the token cache and the checkpoint that it came from. Out: validation loss by source, answers to
-a few prompts, and with --write the card README.md beside the weights. Refuses to know: how the weights were made.
+In: the folder that ships, the token cache and the checkpoint that it came from. Out: validation loss by source,
+answers to a few prompts, and with --write the card README.md beside the weights. Refuses to know: how the weights were
+made.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .corpus import MADE, SOURCES
+from .corpus import EXERCISE_COUNT, MADE, SOURCES
 from .prepare import MODEL_DIR, SCRATCH, TokenCache
 from .tokenizer import CONTEXT
 
@@ -29,6 +30,55 @@ PROMPTS = (
     "Write a sentence with the words dog, ball, park.",
 )
 TEXTS = ("First Citizen:\n", "Once upon a time")
+CARD = """\
+# nano
+
+A causal language model of {parameters} million parameters that ships with Lorica, so that every example, test and
+benchmark has a real model without a download. Qwen3 architecture: 6 layers of width 256, 4 heads on 2 key-value heads
+of width 64, tied embeddings, bfloat16. Its tokenizer is a byte-level BPE of 4096 tokens, digits apart, with a chat
+template; its context is {context} tokens, and it was trained on rows of 512. It loads as any other model does:
+`lorica.load("nano")`.
+
+## What it can do, and what not
+
+It writes English that is locally plausible, keeps to the form of a conversation, and copies words of a request when it
+is asked in one of the ways of its exercises. It is a base for small fine-tuning tasks. It knows next to nothing: facts,
+arithmetic and reasoning are wrong more often than right, and long texts wander. It was trained on public text as it
+was, without any filter or alignment, so it may say something unpleasant. Use it to try and test software, and for
+nothing else.
+
+## Data
+
+The English of T0's training mixture (`t0_templates`, Apache-2.0; the underlying sets keep their terms), the training
+part of GSM8K (MIT), SVAMP (MIT), first names (makemore, MIT), Tiny Shakespeare (public domain), and {exercises}
+copying exercises that `scripts/nano/exercises.py` makes of their words. Rows of one underlying text share a split, and
+training rows that share text with held-out ones are dropped (`scripts/nano/corpus.py`).
+
+## Training
+
+{steps} steps of 8,192 tokens, {tokens} million of them trained, on two CPU cores: Muon for the matrices and AdamW for
+the rest, at a constant rate, and a linear decay to zero over the last {decay} steps. The exercises joined after step
+{joined}; the commands below have them from the start.
+
+```sh
+python -m scripts.nano.prepare
+python -m scripts.nano.pretrain --stable-steps {stable} --decay-steps {decay_steps}   # --resume goes on after a stop
+python -m scripts.nano.export
+python -m scripts.nano.report --write
+```
+
+## Held-out loss
+
+| source | documents | tokens | nats a token | bits a byte |
+| --- | --- | --- | --- | --- |
+{scores}
+
+## Greedy answers, unedited
+
+| prompt | answer |
+| --- | --- |
+{answers}
+"""
 
 
 @dataclass(frozen=True)
@@ -71,58 +121,18 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, chat: bool) -> str:
 def card(scores: dict[str, Score], history: dict[str, Any], parameters: int, answers: dict[str, str]) -> str:
     """The model card."""
     rows = [f"| {n} | {s.documents} | {s.tokens:,} | {s.loss:.3f} | {s.bits_per_byte:.3f} |" for n, s in scores.items()]
-    shown = [f"| {_cell(prompt)} | {_cell(said)} |" for prompt, said in answers.items()]
-    return "\n".join(
-        [
-            "# nano",
-            "",
-            f"A causal language model of {parameters / 1e6:.1f} million parameters that ships with Lorica, so that every",
-            "example, test and benchmark of a training run has a real model without a download. Qwen3 architecture: 6",
-            "layers of width 256, 4 heads on 2 key-value heads of width 64, tied embeddings, bfloat16. Its tokenizer is a",
-            f"byte-level BPE of 4096 tokens, digits apart, with a chat template; its context is {CONTEXT} tokens, and it",
-            'was trained on rows of 512. It is loaded as any other model: `lorica.load("nano")`.',
-            "",
-            "## What it can do, and what not",
-            "",
-            "It writes English that is locally plausible, keeps to the form of a conversation, and copies words of the",
-            "request when asked in the ways of its exercises. It is a good base for small fine-tuning tasks. It knows next",
-            "to nothing: facts, arithmetic and reasoning are wrong more often than right, and long texts wander. It is",
-            "trained on public text as it was, without any filter or alignment, so it may say something unpleasant. Do not",
-            "use it for anything but trying and testing software.",
-            "",
-            "## Data",
-            "",
-            "The English of T0's training mixture (`t0_templates`, Apache-2.0; the underlying sets keep their terms), the",
-            "training part of GSM8K (MIT), SVAMP (MIT), first names (makemore, MIT) and Tiny Shakespeare (public domain);",
-            f"and {scores[MADE].documents * 50:,} or so copying exercises that `scripts/nano/exercises.py` makes of their",
-            "words. Rows of one underlying text share a split, and training rows that share text with held-out ones are",
-            "dropped (`scripts/nano/corpus.py`).",
-            "",
-            "## Training",
-            "",
-            f"{history['step']:,} steps of 8,192 tokens ({history['tokens'] / 1e6:.1f} million trained), on two CPU cores,",
-            "Muon for the matrices and AdamW for the rest, constant rate, then a linear decay to zero over the last",
-            f"{history['decay_steps']:,} steps. The exercises joined after step {history['joined']:,}.",
-            "",
-            "```sh",
-            "python -m scripts.nano.prepare",
-            "python -m scripts.nano.pretrain --stable-steps 1850 --decay-steps 650",
-            "python -m scripts.nano.export && python -m scripts.nano.report --write",
-            "```",
-            "",
-            "## Held-out loss",
-            "",
-            "| source | documents | tokens | nats a token | bits a byte |",
-            "| --- | --- | --- | --- | --- |",
-            *rows,
-            "",
-            "## Greedy answers, unedited",
-            "",
-            "| prompt | answer |",
-            "| --- | --- |",
-            *shown,
-            "",
-        ]
+    return CARD.format(
+        parameters=f"{parameters / 1e6:.1f}",
+        context=CONTEXT,
+        steps=f"{history['step']:,}",
+        tokens=f"{history['tokens'] / 1e6:.1f}",
+        decay=f"{history['decay_steps']:,}",
+        joined=f"{history['joined']:,}",
+        exercises=f"{EXERCISE_COUNT:,}",
+        stable=history["step"] - history["decay_steps"],
+        decay_steps=history["decay_steps"],
+        scores="\n".join(rows),
+        answers="\n".join(f"| {_cell(prompt)} | {_cell(said)} |" for prompt, said in answers.items()),
     )
 
 

@@ -115,9 +115,9 @@ def _proofs(report: Report) -> list[str]:
     peft, merge = report.peft, report.merge
     said = {
         "same": f"peft {peft.version} loads the adapter and gives the same logits (largest difference "
-        f"{_number(peft.difference)}, largest logit {_number(peft.largest_logit)}).",
+        f"{_number(peft.difference)}, where the adapter changes the base's by up to {_number(peft.effect)}).",
         "different": f"peft {peft.version} loads the adapter but its logits differ by {_number(peft.difference)} "
-        f"(largest logit {_number(peft.largest_logit)}); please report this.",
+        f"(the adapter changes the base's by up to {_number(peft.effect)}); please report this.",
         "absent": "peft is not installed, so its reading of the adapter was not checked: pip install 'lorica[peft]'",
         "unsupported": f"peft has no method {report.method!r}, so there is nothing to compare with.",
     }[peft.status]

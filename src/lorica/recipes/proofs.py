@@ -7,6 +7,7 @@ cannot be made. Refuses to know how training went.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +24,15 @@ from lorica.recipes.sft import Plan, pick_device
 
 @dataclass(frozen=True, slots=True)
 class PeftProof:
-    """`status`: `same`, `different`, `absent` (peft is not installed) or `unsupported` (peft lacks the method)."""
+    """`status`: `same`, `different`, `absent` (peft is not installed) or `unsupported` (peft lacks the method).
+
+    `difference` is the largest between peft's logits and ours, `effect` the largest between ours and the base's.
+    """
 
     status: str
     version: str | None = None
     difference: float | None = None
-    largest_logit: float | None = None
+    effect: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +60,24 @@ def peft_proof(ready: Plan, adapter: Path, prompts: Sequence[Sequence[int]]) -> 
 
     host = ready.client.service.host
     fresh = load(ready.config.model, dtype=ready.config.dtype, device=pick_device(ready.config.device))
-    theirs: Any = peft.PeftModel.from_pretrained(fresh.module, str(adapter)).eval()
     host.eval()
-    worst = largest = 0.0
-    with torch.no_grad():
+    worst = largest = effect = 0.0
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peft says of transformers' names and layers is not the reader's business
+        theirs: Any = peft.PeftModel.from_pretrained(fresh.module, str(adapter)).eval()
         for prompt in prompts:
             ids_1T = torch.tensor([list(prompt)], device=host.backbone.device)
             with host.rows([ready.client.adapter.name]):
                 ours_1TV: Tensor = host(input_ids=ids_1T).logits.float()
-            other_1TV: Tensor = theirs(input_ids=ids_1T).logits.float()
+            with host.rows([None]):
+                base_1TV: Tensor = host(input_ids=ids_1T).logits.float()
+            # peft also gives the logits of virtual tokens, which stand first
+            other_1TV: Tensor = theirs(input_ids=ids_1T).logits[:, -ids_1T.shape[1] :].float()
             worst = max(worst, float((ours_1TV - other_1TV).abs().max()))
+            effect = max(effect, float((ours_1TV - base_1TV).abs().max()))
             largest = max(largest, float(ours_1TV.abs().max()))
-    same = worst <= TOLERANCE * max(1.0, largest)
-    return PeftProof("same" if same else "different", peft.__version__, worst, largest)
+    same = worst <= TOLERANCE * max(1.0, largest) < effect
+    return PeftProof("same" if same else "different", peft.__version__, worst, effect)
 
 
 def merge_proof(ready: Plan, path: Path) -> MergeProof:
