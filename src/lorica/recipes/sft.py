@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -31,7 +31,7 @@ from lorica.recipes.config import SFTConfig, to_yaml
 from lorica.recipes.memory import peak_bytes
 from lorica.recipes.plots import loss_curve
 from lorica.recipes.rundir import RunDir, storage, write_atomic
-from lorica.recipes.trackers import make_tracker
+from lorica.recipes.trackers import check_tracker, make_tracker
 
 
 class Observer:
@@ -90,6 +90,7 @@ def pick_device(name: str) -> str:
 
 def plan(config: SFTConfig) -> Plan:
     """Load model and data and make the adapter. Writes nothing. Raises Lorica's errors for whatever does not fit."""
+    check_tracker(config.track)
     backbone = load(config.model, dtype=config.dtype, device=pick_device(config.device))
     if backbone.tokenizer is None:
         raise MethodError(f"{config.model!r} has no tokenizer, so text cannot be trained on it.")
@@ -163,7 +164,9 @@ def _train(ready: Plan, directory: RunDir, observer: Observer, first: int) -> Ou
         config=config.model_dump(),
     )
     started, tokens, step, loss = time.monotonic(), 0, first, float("nan")
-    with _interruptible() as stop:
+    with ExitStack() as stack:
+        stack.callback(tracker.finish)
+        stop = stack.enter_context(_interruptible())
         while step < ready.steps and not stop:
             record = _step(ready, step + 1)
             step, loss = step + 1, record["loss"]
@@ -176,7 +179,6 @@ def _train(ready: Plan, directory: RunDir, observer: Observer, first: int) -> Ou
             observer.step(record, ready.steps)
             if step % config.save_every == 0 or step == ready.steps or stop:
                 observer.saved(directory.save(step, _state(ready, step), keep=config.keep))
-    tracker.finish()
     seconds = time.monotonic() - started
     with storage(directory.path):
         write_atomic(

@@ -35,7 +35,7 @@ class _Runs:
         self._module.init(project=project, name=name, config=config)
 
     def log(self, record: dict[str, Any]) -> None:
-        self._module.log(record)
+        self._module.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
 
     def finish(self) -> None:
         self._module.finish()
@@ -62,11 +62,19 @@ def make_tracker(kind: str, *, project: str, name: str, directory: str, config: 
     return _Tensorboard(directory) if kind == "tensorboard" else _Runs(kind, project, name, config)
 
 
+def check_tracker(kind: str) -> None:
+    """Raises MissingError when the package of a tracker cannot be imported, before anything is written."""
+    if kind != "none":
+        _import(kind)
+
+
 def _import(package: str) -> Any:
     try:
         return importlib.import_module(package)
-    except ImportError:
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        what = "is not installed" if absent else f"cannot be imported: {str(error).splitlines()[0]}"
         raise MissingError(
-            f"Tracking with {package!r} needs the package {package!r}, which is not installed.",
-            hint=f"pip install 'lorica[{package}]'",
+            f"Tracking with {package!r} needs the package {package!r}, which {what.rstrip('.')}.",
+            hint=f"pip install --upgrade 'lorica[{package}]'",
         ) from None
