@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from lorica.core.errors import ConfigError, FormatError, MissingError, StorageError
+from lorica.core.storage import replacing_folder, storage
 from lorica.core.update import all_finite
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,39 +30,19 @@ OWN = "lorica.json"
 def write_folder(path: Path, tensors: Mapping[str, Tensor], records: Mapping[str, Mapping[str, Any]]) -> Path:
     """Replace folder `path` by one with these tensors and JSON records; other files in it are kept.
 
-    Everything goes to a hidden sibling folder first, is flushed to the disk, and is renamed into place last, so a full
-    disk leaves the previous folder as it was. A kill between the two renames leaves it as `.<name>.….previous`.
-    Raises StorageError when the folder cannot be written, ConfigError for a value that is not JSON.
+    It appears whole or not at all (`core.storage`), so a full disk leaves the previous folder as it was. Raises
+    StorageError when the folder cannot be written, ConfigError for a value that is not JSON.
     """
     shown, path = path, path.resolve()
     contents = {name: _json_bytes(name, record) for name, record in records.items()}
     contents[WEIGHTS] = save_tensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
-    partial: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_dir():
-            raise StorageError(f"Cannot save the adapter to {shown}: it is a file, not a folder.")
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+    if path.exists() and not path.is_dir():
+        raise StorageError(f"Cannot write {shown}: it is a file, and an adapter is a folder.")
+    with storage(shown), replacing_folder(path) as folder:
         if path.is_dir():
-            shutil.copymode(path, partial)
-            _keep_others(path, partial, set(contents))
-        else:
-            partial.chmod(0o777 & ~_umask())
+            _keep_others(path, folder, set(contents))
         for name, content in contents.items():
-            _write(partial / name, content)
-        _sync(partial)
-        _swap(partial, path)
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        cause = error.strerror or type(error).__name__
-        raise StorageError(
-            f"Cannot save the adapter to {shown}: {cause}; what was there before is untouched.",
-            hint="Free some space, or choose another folder.",
-        ) from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            (folder / name).write_bytes(content)
     return shown
 
 
@@ -83,47 +63,6 @@ def _keep_others(old: Path, new: Path, replaced: set[str]) -> None:
         copy_function=os.link,
         ignore=lambda folder, names: replaced & set(names) if Path(folder) == old else set(),
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable, where the system can (not on Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _swap(partial: Path, path: Path) -> None:
-    """Rename `partial` to `path`. No folder can replace another at once: the old one steps aside, and returns on
-    failure.
-    """
-    if not path.exists():
-        partial.rename(path)
-    else:
-        aside = path.rename(partial.with_suffix(".previous"))
-        try:
-            partial.rename(path)
-        except OSError:
-            aside.rename(path)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
-    _sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,17 +6,13 @@ Refuses to know adapters, and to replace a directory that holds anything but a m
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from lorica.core.errors import FormatError, MethodError, StorageError
+from lorica.core.storage import replacing_folder, storage
 from lorica.models.backbone import Backbone
 from lorica.models.directory import CONFIG
 from lorica.models.loading import quiet
@@ -48,7 +44,8 @@ def save_backbone(backbone: Backbone, path: str | Path) -> Path:
         raise StorageError(f"Parameter {odd!r} is on the meta device, so there are no values to save.")
     _check_target(target)
     tokenizer = backbone.tokenizer
-    with _storage(target), _replacing(target) as folder:
+    # safetensors reports a full disk in an error of its own
+    with storage(target, SafetensorError), replacing_folder(target) as folder:
         try:
             with quiet(), torch.no_grad():
                 module.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
@@ -74,51 +71,3 @@ def _check_target(path: Path) -> None:
 
 def _is_weights(path: Path) -> bool:
     return path.is_file() and path.suffix == ".safetensors" and path.name.startswith("model")
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new sibling directory that takes the target's place when the block ends well, or else is deleted."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    folder, old = made / "new", made / "old"
-    try:
-        folder.mkdir()
-        yield folder
-        for file in folder.iterdir():
-            _flush(file)
-        if target.exists():
-            target.rename(old)
-        try:
-            folder.rename(target)
-        except BaseException:
-            if old.exists():
-                old.rename(target)
-            raise
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Make what was written survive a power cut; directories cannot be flushed everywhere."""
-    with contextlib.suppress(PermissionError, IsADirectoryError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _storage(path: Path) -> Iterator[None]:
-    """Failures to write as one sentence."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in an error of its own
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise StorageError(
-            f"Cannot write {path}: {cause.rstrip('.')}.", hint="Free some space, or choose another path."
-        ) from error

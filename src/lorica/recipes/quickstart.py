@@ -15,6 +15,7 @@ from typing import Any
 
 from lorica.client.local import SamplingClient
 from lorica.core.errors import FormatError, MethodError, StorageError
+from lorica.core.storage import storage, write_file
 from lorica.data.records import Chat, load_records
 from lorica.data.render import Renderer
 from lorica.methods import get_method
@@ -22,7 +23,7 @@ from lorica.recipes import sft
 from lorica.recipes.config import SFTConfig, read_config
 from lorica.recipes.configs import find_config, shipped
 from lorica.recipes.proofs import MergeProof, PeftProof, merge_proof, peft_proof
-from lorica.recipes.rundir import RunDir, storage, write_atomic
+from lorica.recipes.rundir import ROOM, RunDir
 from lorica.sampling.params import SamplingParams
 
 REPORT = "quickstart.json"
@@ -202,8 +203,8 @@ def _run(config: SFTConfig, directory: RunDir, observer: QuickstartObserver, row
         merge=merge,
         seconds={name: round(value, 2) for name, value in seconds.items()},
     )
-    with storage(directory.path):
-        write_atomic(directory.path / REPORT, json.dumps(_plain(report), indent=1, ensure_ascii=False).encode())
+    with storage(directory.path, hint=ROOM):
+        write_file(directory.path / REPORT, json.dumps(_plain(report), indent=1, ensure_ascii=False).encode())
     return report
 
 

@@ -8,16 +8,16 @@ Refuses to know clients and training.
 from __future__ import annotations
 
 import json
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lorica.core.errors import ResumeError, StorageError
+from lorica.core.storage import replacing_file, storage, write_file
+
+ROOM = "Free some space, or choose another `out`."
 
 
 class RunDir:
@@ -45,9 +45,9 @@ class RunDir:
                 f"{self.path} holds a run already.",
                 hint=f"Continue it with `lorica train --resume {self.path}`, or choose another `out`.",
             )
-        with storage(self.path):
+        with storage(self.path, hint=ROOM):
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomic(self.config, config.encode())
+            write_file(self.config, config.encode())
 
     def checkpoints(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
@@ -58,17 +58,9 @@ class RunDir:
         that.
         """
         path = self.path / "checkpoints" / f"step-{step:06d}.pt"
-        with storage(path):
-            partial = path.with_suffix(".partial")
-            try:
-                with partial.open("wb") as file:
-                    torch.save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(path)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
+        # torch.save reports a failed write as a RuntimeError
+        with storage(path, RuntimeError, hint=ROOM), replacing_file(path) as file:
+            torch.save(state, file)
         for old in self.checkpoints()[:-keep]:
             old.unlink()
         return path
@@ -89,7 +81,7 @@ class RunDir:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
-        with storage(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+        with storage(self.metrics, hint=ROOM), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
@@ -102,31 +94,5 @@ class RunDir:
     def rewind(self, step: int) -> None:
         """Drop metrics after `step`: they will be made again."""
         kept = [record for record in self.records() if record["step"] <= step]
-        with storage(self.metrics):
-            write_atomic(self.metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def storage(path: Path) -> Iterator[None]:
-    """Turn failures to write below `path` into one sentence."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except (OSError, RuntimeError) as error:  # torch.save reports a failed write as a RuntimeError
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise StorageError(f"Cannot write {path}: {cause}.", hint="Free some space, or choose another `out`.") from None
+        with storage(self.metrics, hint=ROOM):
+            write_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept).encode())

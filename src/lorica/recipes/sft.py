@@ -21,6 +21,7 @@ import yaml
 
 from lorica.client.local import Service, TrainingClient
 from lorica.core.errors import ConfigError, MethodError, ResumeError
+from lorica.core.storage import storage, write_file
 from lorica.data.example import Example
 from lorica.data.packing import Sampler
 from lorica.data.records import Dataset, load_records
@@ -30,7 +31,7 @@ from lorica.models.backbone import Backbone
 from lorica.recipes.config import SFTConfig, to_yaml
 from lorica.recipes.memory import peak_bytes
 from lorica.recipes.plots import loss_curve
-from lorica.recipes.rundir import RunDir, storage, write_atomic
+from lorica.recipes.rundir import ROOM, RunDir
 from lorica.recipes.trackers import check_tracker, make_tracker
 
 
@@ -180,8 +181,8 @@ def _train(ready: Plan, directory: RunDir, observer: Observer, first: int) -> Ou
             if step % config.save_every == 0 or step == ready.steps or stop:
                 observer.saved(directory.save(step, _state(ready, step), keep=config.keep))
     seconds = time.monotonic() - started
-    with storage(directory.path):
-        write_atomic(
+    with storage(directory.path, hint=ROOM):
+        write_file(
             directory.path / "loss.png", loss_curve(directory.records(), f"{config.method['name']} on {config.model}")
         )
     finished = step == ready.steps
