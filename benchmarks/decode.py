@@ -7,13 +7,14 @@ In: nothing. Out: time of a token and ratios of one run. Prompts cost the same i
 from __future__ import annotations
 
 import argparse
-import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.models import LINEARS, RANK, another, qwen3
-from benchmarks.timing import as_json, environment, seconds, show
+from benchmarks.timing import command, seconds
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.methods.lora import LoRA
@@ -57,59 +58,49 @@ class Ours:
         generate(self.host, self.rows, SamplingParams(max_tokens=tokens))
 
 
-def main() -> None:
-    """Run, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=24, help="new tokens that are timed")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--tenants", type=int, default=32)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    base = qwen3(dtype=getattr(torch, options.dtype))
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One step of every variant."""
+    base = qwen3(options.width, dtype=options.dtype)
     peft = Peft(base)  # before our hooks, so that the copy carries none
     host = Host(wrap(base))
     for i in range(options.tenants):
         adapter = host.add(f"a{i}", LoRA(rank=RANK, alpha=2 * RANK), seed=i)
         adapter.flat.add_(0.01 * torch.randn_like(adapter.flat))
     tenants: list[str | None] = [f"a{i}" for i in range(options.tenants)]
-    runs = {
+    many, rows = f"ours, {options.tenants} adapters", f"ours, {options.tenants} rows of the base"
+    runs: dict[str, Callable[[int], None]] = {
         "peft, one adapter": peft,
         "ours, base alone": Ours(host, [None]),
         "ours, one adapter": Ours(host, ["a0"]),
-        f"ours, {options.tenants} rows of the base": Ours(host, [None] * options.tenants),
-        f"ours, {options.tenants} adapters": Ours(host, tenants),
+        rows: Ours(host, [None] * options.tenants),
+        many: Ours(host, tenants),
     }
     step = step_times(runs, options.tokens, options.rounds)
-    one, many = step["ours, one adapter"], step[f"ours, {options.tenants} adapters"]
-    report = {f"{name}, ms a step": round(1e3 * value, 2) for name, value in step.items()} | {
-        "one adapter: speed over PEFT": round(step["peft, one adapter"] / one, 2),
-        f"{options.tenants} adapters: speed over PEFT one at a time": round(
-            options.tenants * step["peft, one adapter"] / many, 2
-        ),
-        f"{options.tenants} adapters: tax over the base": round(
-            many / step[f"ours, {options.tenants} rows of the base"] - 1, 2
-        ),
+    theirs = step["peft, one adapter"]
+    return {f"{name}, ms a step": round(1e3 * value, 2) for name, value in step.items()} | {
+        "one adapter: speed over PEFT": round(theirs / step["ours, one adapter"], 2),
+        f"{options.tenants} adapters: speed over PEFT one at a time": round(options.tenants * theirs / step[many], 2),
+        f"{options.tenants} adapters: tax over the base": round(step[many] / step[rows] - 1, 2),
     }
-    if options.json:
-        print(as_json(environment() | report))
-    else:
-        show(f"decode, {options.dtype}, r={RANK}: {environment()}", report)
 
 
-def step_times(runs: dict[str, object], tokens: int, rounds: int) -> dict[str, float]:
+def step_times(runs: dict[str, Callable[[int], None]], tokens: int, rounds: int) -> dict[str, float]:
     """Seconds of one step: the least of (n + 1 tokens) minus the least of (one token), over n, in interleaved
     rounds.
     """
     short, long = dict.fromkeys(runs, float("inf")), dict.fromkeys(runs, float("inf"))
     for run in runs.values():
-        run(2)  # type: ignore[operator]
+        run(2)
     for _ in range(rounds):
         for name, run in runs.items():
-            short[name] = min(short[name], seconds(lambda run=run: run(1)))  # type: ignore[misc,operator]
-            long[name] = min(long[name], seconds(lambda run=run: run(tokens + 1)))  # type: ignore[misc,operator]
+            short[name] = min(short[name], seconds(lambda run=run: run(1)))  # type: ignore[misc]
+            long[name] = min(long[name], seconds(lambda run=run: run(tokens + 1)))  # type: ignore[misc]
     return {name: (long[name] - short[name]) / tokens for name in runs}
+
+
+def main() -> None:
+    """Run, and print."""
+    command(__doc__, "decode", measure, dtype="bfloat16", width=1024, tokens=24, rounds=8, tenants=32)
 
 
 if __name__ == "__main__":

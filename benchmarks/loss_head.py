@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.models import device
-from benchmarks.timing import as_json, environment, least, show
+from benchmarks.timing import command, least
 from lorica.engine.prepack import FrozenMaps, worth_packing
 from lorica.training.loss_head import linear_cross_entropy
 
@@ -99,19 +99,14 @@ def _exact(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
 
 def main() -> None:
     """Run, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--vocabularies", default="32000,152000", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    report: dict[str, Any] = {}
-    for vocabulary in map(int, options.vocabularies.split(",")):
-        report |= measure(vocabulary, getattr(torch, options.dtype), options.rounds)
-    if options.json:
-        print(as_json(environment() | report))
-    else:
-        show(f"loss head, {options.dtype}, {ROWS} rows of {WIDTH}: {environment()}", report)
+
+    def run(options: argparse.Namespace) -> dict[str, Any]:
+        report: dict[str, Any] = {}
+        for vocabulary in map(int, options.vocabularies.split(",")):
+            report |= measure(vocabulary, options.dtype, options.rounds)
+        return report
+
+    command(__doc__, "loss head", run, dtype="bfloat16", vocabularies="32000,152000", rounds=3)
 
 
 if __name__ == "__main__":

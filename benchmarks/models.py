@@ -40,7 +40,8 @@ def qwen3(
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(config).to(dtype=dtype, device=device()).eval().requires_grad_(False)
+    model: nn.Module = Qwen3ForCausalLM(config).to(dtype=dtype, device=device())
+    return model.eval().requires_grad_(False)
 
 
 def another(module: nn.Module) -> nn.Module:

@@ -6,15 +6,13 @@ more than three times as many.
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.models import RANK, PeftTrainer, device, qwen3
-from benchmarks.timing import as_json, environment, least, show
+from benchmarks.models import PeftTrainer, device, qwen3
+from benchmarks.timing import command, least
 from benchmarks.train import OurTrainer
 from lorica.data.example import Example
 
@@ -57,19 +55,15 @@ def measure(dtype: torch.dtype, rounds: int, width: int, count: int) -> dict[str
 
 def main() -> None:
     """Run, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    report = measure(getattr(torch, options.dtype), options.rounds, options.width, options.sequences)
-    if options.json:
-        print(as_json(environment() | report))
-    else:
-        show(f"packing, {options.dtype}, width {options.width}, r={RANK}: {environment()}", report)
+    command(
+        __doc__,
+        "packing",
+        lambda o: measure(o.dtype, o.rounds, o.width, o.sequences),
+        dtype="bfloat16",
+        width=512,
+        sequences=24,
+        rounds=4,
+    )
 
 
 if __name__ == "__main__":

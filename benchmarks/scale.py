@@ -7,9 +7,7 @@ with one registered tenant and the host with 10,000 share their frozen weights a
 
 from __future__ import annotations
 
-import argparse
 import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import nn
 
 from benchmarks.models import LINEARS, another, qwen3
-from benchmarks.timing import as_json, environment, least, show
+from benchmarks.timing import command, least
 from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host, attach
@@ -143,18 +141,14 @@ def life_cycle(rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--peft", type=int, default=100, help="adapters registered with PEFT; 0 leaves it out")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    report = registered(options.count, options.rounds, options.peft) | life_cycle(options.rounds)
-    if options.json:
-        print(as_json(environment() | report))
-    else:
-        show(f"many adapters: {environment()}", report)
+    command(
+        __doc__,
+        "many adapters",
+        lambda o: registered(o.count, o.rounds, o.peft) | life_cycle(o.rounds),
+        count=10_000,
+        peft=100,
+        rounds=15,
+    )
 
 
 if __name__ == "__main__":

@@ -7,15 +7,14 @@ tenants is T times that of one of its steps, switching not counted. Ours one by 
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.models import RANK, PeftTrainer, another, device, qwen3
-from benchmarks.timing import as_json, environment, least, show
+from benchmarks.models import PeftTrainer, another, device, qwen3
+from benchmarks.timing import command, least
 from benchmarks.train import METHODS, examples_of
 from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
@@ -53,9 +52,11 @@ class Tenants:
             client.optim_step()
 
 
-def measure(dtype: torch.dtype, rounds: int, shapes: list[tuple[int, int]], methods: list[str]) -> dict[str, Any]:
+def measure(
+    dtype: torch.dtype, rounds: int, width: int, shapes: list[tuple[int, int]], methods: list[str]
+) -> dict[str, Any]:
     """Every shape (tenants, tokens of each)."""
-    base = qwen3(dtype=dtype)
+    base = qwen3(width, dtype=dtype)
     report: dict[str, Any] = {}
     theirs = PeftTrainer(base)
     for count, tokens in shapes:
@@ -78,21 +79,12 @@ def measure(dtype: torch.dtype, rounds: int, shapes: list[tuple[int, int]], meth
 
 def main() -> None:
     """Run, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--shapes", default="8x64,16x16", help="tenants×tokens, comma-separated")
-    parser.add_argument("--methods", default="lora", help="comma-separated; tenants take them in turn")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    shapes = [(int(count), int(tokens)) for count, tokens in (s.split("x") for s in options.shapes.split(","))]
-    methods = options.methods.split(",")
-    report = measure(getattr(torch, options.dtype), options.rounds, shapes, methods)
-    if options.json:
-        print(as_json(environment() | report))
-    else:
-        show(f"tenants ({options.methods}), {options.dtype}, r={RANK}: {environment()}", report)
+
+    def run(options: argparse.Namespace) -> dict[str, Any]:
+        shapes = [(int(count), int(tokens)) for count, tokens in (s.split("x") for s in options.shapes.split(","))]
+        return measure(options.dtype, options.rounds, options.width, shapes, options.methods.split(","))
+
+    command(__doc__, "tenants", run, dtype="bfloat16", width=1024, shapes="8x64,16x16", methods="lora", rounds=6)
 
 
 if __name__ == "__main__":

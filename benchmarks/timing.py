@@ -5,10 +5,12 @@ In: named callables. Out: the least time of each. Refuses to know what is timed.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -55,13 +57,27 @@ def environment() -> dict[str, Any]:
     }
 
 
-def show(title: str, rows: Mapping[str, Any]) -> None:
-    """A table for people on stdout."""
-    print(f"\n{title}")
-    for name, value in rows.items():
-        print(f"  {name:44s} {value}", flush=True)
+def command(
+    doc: str | None, title: str, measure: Callable[[argparse.Namespace], Mapping[str, Any]], **flags: Any
+) -> None:
+    """A benchmark's command line: a flag for each of `flags`, which gives its default, then run and print.
 
-
-def as_json(rows: Mapping[str, Any]) -> str:
-    """The same for machines."""
-    return json.dumps(rows, indent=1, default=str)
+    `dtype` is given by name and handed on as torch's. --json prints one document, the environment included.
+    """
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
+    for name, default in flags.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default: {default}")
+    options = parser.parse_args()
+    said = ", ".join(f"{name} {getattr(options, name)}" for name in flags)
+    if "dtype" in flags:
+        options.dtype = getattr(torch, options.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = measure(options)
+    if options.json:
+        print(json.dumps({"benchmark": title, "flags": said} | environment() | dict(report), indent=1, default=str))
+        return
+    print(f"\n{title} ({said})")
+    for name, value in (environment() | dict(report)).items():
+        print(f"  {name:52s} {value}", flush=True)

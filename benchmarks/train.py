@@ -6,8 +6,6 @@ first activations, which no PEFT method can do without: the engine's own floor, 
 
 from __future__ import annotations
 
-import argparse
-import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import RANK, PeftTrainer, another, device, qwen3
-from benchmarks.timing import as_json, environment, least, show
+from benchmarks.timing import command, least
 from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
 from lorica.methods import make_method
@@ -149,22 +147,17 @@ def saved_bytes(
 
 def main() -> None:
     """Run, and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--methods", default="lora,dora,vera", help="comma-separated")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    names = options.methods.split(",")
-    report = measure(getattr(torch, options.dtype), options.rows, options.tokens, options.rounds, names, options.width)
-    if options.json:
-        print(as_json(environment() | report))
-    else:
-        show(f"training, {options.dtype}, {options.rows}×{options.tokens} tokens, r={RANK}: {environment()}", report)
+    command(
+        __doc__,
+        "training",
+        lambda o: measure(o.dtype, o.rows, o.tokens, o.rounds, o.methods.split(","), o.width),
+        dtype="bfloat16",
+        rows=4,
+        tokens=128,
+        width=1024,
+        methods="lora,dora,vera",
+        rounds=8,
+    )
 
 
 if __name__ == "__main__":
