@@ -7,7 +7,6 @@ Refuses to know what is timed.
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -49,20 +48,30 @@ def another(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(p): p for p in module.parameters()})
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"rank": RANK, "alpha": 2 * RANK}),
+    "dora": ("dora", {"rank": RANK, "alpha": 2 * RANK}),
+    "vera": ("vera", {"rank": RANK}),
+    "vera-256": ("vera", {"rank": 256}),
+}
+"""What is trained, by a name: the method and its settings. VeRA's usual rank is 256."""
+
+
 class PeftTrainer:
     """PEFT as its documentation shows it: its defaults, the model's own loss, torch's fused AdamW."""
 
-    def __init__(self, base: nn.Module, method: str = "lora", **settings: Any) -> None:
+    def __init__(self, base: nn.Module, variant: str = "lora") -> None:
         import peft
 
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if method == "vera":
-                config: Any = peft.VeraConfig(target_modules=LINEARS, **settings)
-            else:
-                use_dora = method == "dora"
-                config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, use_dora=use_dora)
-            self.model: Any = peft.get_peft_model(another(base), config).train()
+        method, settings = VARIANTS[variant]
+        rank = settings["rank"]
+        if method == "vera":
+            config: Any = peft.VeraConfig(r=rank, target_modules=LINEARS)
+        else:
+            config = peft.LoraConfig(
+                r=rank, lora_alpha=settings["alpha"], target_modules=LINEARS, use_dora=method == "dora"
+            )
+        self.model: Any = peft.get_peft_model(another(base), config).train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import PeftTrainer, another, device, qwen3
+from benchmarks.models import VARIANTS, PeftTrainer, another, device, qwen3
 from benchmarks.timing import command, least
-from benchmarks.train import METHODS, examples_of
+from benchmarks.train import examples_of
 from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
 from lorica.methods import make_method
@@ -33,10 +33,10 @@ class Tenants:
         self.examples: list[Example] = examples_of(self.ids_TN)
         self.clients: list[TrainingClient] = [
             self.service.training_client(
-                make_method(name, **METHODS[name]), name=f"t{i}", seed=i, optimizer=AdamWConfig(lr=1e-4)
+                make_method(method, **settings), name=f"t{i}", seed=i, optimizer=AdamWConfig(lr=1e-4)
             )
             for i in range(count)
-            for name in [methods[i % len(methods)]]
+            for method, settings in [VARIANTS[methods[i % len(methods)]]]
         ]
 
     def joint(self) -> None:

@@ -13,19 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import RANK, PeftTrainer, another, device, qwen3
+from benchmarks.models import VARIANTS, PeftTrainer, another, device, qwen3
 from benchmarks.timing import command, least
 from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
 from lorica.methods import make_method
 from lorica.models.backbone import wrap
 from lorica.training.optimizer import AdamWConfig
-
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"rank": RANK, "alpha": 2 * RANK},
-    "dora": {"rank": RANK, "alpha": 2 * RANK},
-    "vera": {"rank": 256},
-}
 
 
 class Saved:
@@ -60,10 +54,11 @@ def examples_of(ids_BT: Tensor) -> list[Example]:
 class OurTrainer:
     """One client of one method over the whole batch."""
 
-    def __init__(self, base: nn.Module, method: str) -> None:
+    def __init__(self, base: nn.Module, variant: str) -> None:
+        method, settings = VARIANTS[variant]
         self.service = Service(wrap(another(base)), token_budget=1 << 20)
         self.client: TrainingClient = self.service.training_client(
-            make_method(method, **METHODS[method]), optimizer=AdamWConfig(lr=1e-4)
+            make_method(method, **settings), optimizer=AdamWConfig(lr=1e-4)
         )
 
     def step(self, examples: list[Example]) -> float:
@@ -155,7 +150,7 @@ def main() -> None:
         rows=4,
         tokens=128,
         width=1024,
-        methods="lora,dora,vera",
+        methods="lora,dora,vera,vera-256",
         rounds=8,
     )
 
