@@ -10,7 +10,6 @@ import argparse
 import ctypes
 import gc
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor
 from benchmarks.models import device
 from benchmarks.timing import command, least
 from lorica.engine.prepack import FrozenMaps, worth_packing
+from lorica.recipes import memory
+from lorica.recipes.memory import current_bytes, forget_peak
 from lorica.training.loss_head import linear_cross_entropy
 
 ROWS, WIDTH = 1024, 1024
@@ -28,21 +29,12 @@ ROWS, WIDTH = 1024, 1024
 def peak_bytes(run: Callable[[], object]) -> int:
     """The most memory that a call takes above what is there before it."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the high-water mark
-    before = _status("VmRSS")
+    if not torch.cuda.is_available():
+        ctypes.CDLL(None).malloc_trim(0)
+    forget_peak()
+    before = current_bytes()
     run()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return memory.peak_bytes() - before
 
 
 def measure(vocabulary: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -56,9 +48,7 @@ def measure(vocabulary: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     maps.packs = worth_packing([weight_VD], copies=2)
 
     def ours() -> Tensor:
-        loss, logprobs_N = linear_cross_entropy(
-            hidden_ND, weight_VD, targets_N, weights_N, forward=maps.forward, back=maps.back
-        )
+        loss, logprobs_N = linear_cross_entropy(hidden_ND, maps.forward, maps.back, vocabulary, targets_N, weights_N)
         loss.backward()
         return logprobs_N
 

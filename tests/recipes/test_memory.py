@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from lorica.cli.main import ENVIRONMENT
 from lorica.recipes.config import SFTConfig, to_yaml
 
 CODE = """
 import json, sys
 from lorica.recipes import memory, sft
+from lorica.cli.main import ENVIRONMENT
 from lorica.recipes.config import read_config
 config = read_config(sys.argv[1])
 if sys.argv[2] == "estimate":
@@ -58,7 +61,11 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(
     estimated, measured = (
         int(
             subprocess.run(
-                [sys.executable, "-c", CODE, str(path), what], capture_output=True, text=True, check=True
+                [sys.executable, "-c", CODE, str(path), what],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, **ENVIRONMENT},
             ).stdout
         )
         for what in ("estimate", "run")

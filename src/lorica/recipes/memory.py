@@ -45,8 +45,9 @@ def estimate(client: TrainingClient, examples: Sequence[Example], batch_size: in
     element = adapter.flat.element_size()
     frozen = sum(t.numel() * t.element_size() for owned in adapter.frozen.values() for t in owned.values())
     moments = 2 * adapter.flat.numel() * element
-    before = current_bytes()
+    before, earlier = current_bytes(), peak_bytes()
     longest = sorted(examples, key=len, reverse=True)[:batch_size]
+    forget_peak()
     _rehearse(client, longest[:1])
     peak, working = peak_bytes(), peak_bytes() - before
     largest = _largest(longest, client.service.engine.token_budget)
@@ -59,7 +60,7 @@ def estimate(client: TrainingClient, examples: Sequence[Example], batch_size: in
     else:
         peak, working = before + round(working * times), round(working * times)
     return MemoryEstimate(
-        total=peak + moments,
+        total=max(earlier, peak + moments),
         weights=sum(p.numel() * p.element_size() for p in backbone.module.parameters()),
         adapter=adapter.flat.numel() * element + frozen,
         optimizer=moments + adapter.flat.numel() * element,
@@ -84,7 +85,7 @@ def _rehearse(client: TrainingClient, examples: Sequence[Example]) -> None:
     adapter = client.adapter
     forwards, grad, rng = adapter.forwards, adapter.grad.clone(), torch.get_rng_state()
     engine = Engine(client.service.host, token_budget=sum(map(len, examples)))
-    engine.forward_backward([Item(example, adapter.name) for example in examples])
+    engine.forward_backward([Item(example, adapter) for example in examples])
     adapter.forwards = forwards
     adapter.grad.copy_(grad)
     torch.set_rng_state(rng)
@@ -94,11 +95,28 @@ def free_bytes() -> int:
     """Bytes that can still be had: of the GPU, or of the machine. Where the system does not say, there is no limit."""
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
+    found = _proc("/proc/meminfo", "MemAvailable")
+    return sys.maxsize if found is None else found
+
+
+def _proc(path: str, key: str) -> int | None:
+    """Bytes of one line of a file of procfs; None where there is none."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
-        return sys.maxsize
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), sys.maxsize)
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key)), None)
+
+
+def forget_peak() -> None:
+    """Let the peak begin anew from what is in use, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
 
 
 def current_bytes() -> int:
@@ -115,5 +133,9 @@ def peak_bytes() -> int:
     """The most bytes in use so far: of the process, or allocated on the GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    # what getrusage says begins with the peak of the process that started this one
+    own = _proc("/proc/self/status", "VmHWM")
+    if own is not None:
+        return own
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
