@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.core.errors import ConfigError, DataError, ResumeError
 from lorica.data.example import Example
-from lorica.data.packing import Sampler, collate, pack
+from lorica.data.packing import Sampler, collate, end_to_end, pack
 
 
 @st.composite
@@ -27,9 +27,7 @@ batches = st.lists(made(), min_size=1, max_size=10)
 
 @given(examples=batches)
 def test_a_packed_batch_holds_every_sequence_apart_from_its_neighbours(examples: list[Example]) -> None:
-    assume(any(example.trained for example in examples))
-    packed = collate(examples, slots=list(range(len(examples))))
-    assert packed.slots.tolist() == list(range(len(examples)))
+    packed = collate(examples)
     assert packed.trained == sum(example.trained for example in examples)
     bounds = packed.cu_seqlens.tolist()
     assert (bounds[0], bounds[-1]) == (0, len(packed.tokens))
@@ -42,25 +40,29 @@ def test_a_packed_batch_holds_every_sequence_apart_from_its_neighbours(examples:
 
 def test_packed_arrays_have_the_types_that_tensors_are_made_of() -> None:
     packed = collate([Example((1, 2, 3), (0, 0, 1))])
-    assert {a.dtype for a in (packed.tokens, packed.targets, packed.positions, packed.lengths, packed.slots)} == {
-        np.dtype(np.int64)
-    }
+    assert {a.dtype for a in (packed.tokens, packed.targets, packed.positions, packed.lengths)} == {np.dtype(np.int64)}
     assert packed.weights.dtype == np.float32
-    assert packed.slots.tolist() == [0]
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=10))
+def test_rows_of_which_nothing_is_asked_lie_end_to_end_whole(rows: list[list[int]]) -> None:
+    packed = end_to_end(rows)
+    assert packed.tokens.tolist() == list(chain.from_iterable(rows))
+    assert packed.positions.tolist() == [i for row in rows for i in range(len(row))]
+    assert packed.lengths.tolist() == [len(row) for row in rows]
+    assert packed.trained == 0
 
 
 @pytest.mark.parametrize(
-    ("examples", "slots", "said"),
+    ("examples", "said"),
     [
-        ([], None, "at least one example"),
-        ([Example((1, 2), (0, 1))], [0, 1], "1 examples and 2 slots"),
-        ([Example((1, 2), (0, 1)), Example((1,), (0,), "x, line 4")], None, "x, line 4 has 1 tokens; at least 2"),
-        ([Example((1, 2), (0, 0), "x, line 5")], None, r"No token of this batch is trained.*x, line 5"),
+        ([], "at least one example"),
+        ([Example((1, 2), (0, 1)), Example((1,), (0,), "x, line 4")], "x, line 4 has 1 tokens; at least 2"),
     ],
 )
-def test_batches_that_cannot_teach_are_refused(examples: list[Example], slots: list[int] | None, said: str) -> None:
+def test_batches_that_cannot_be_laid_out_are_refused(examples: list[Example], said: str) -> None:
     with pytest.raises(DataError, match=said):
-        collate(examples, slots)
+        collate(examples)
 
 
 @given(examples=batches, budget=st.integers(8, 30), data=st.data())

@@ -59,7 +59,7 @@ def test_an_adapter_present_in_many_rows_is_lowered_once(host: Host, monkeypatch
     assert len({id(w.updates[0]) for w in work}) == 2
 
 
-def test_masks_of_one_adapter_continue_from_row_to_row(host: Host) -> None:
+def test_every_row_of_an_adapter_has_a_mask_of_its_own(host: Host) -> None:
     host.train()
     try:
         with host.rows(["a", "b", "a", "a"]):
@@ -68,9 +68,24 @@ def test_masks_of_one_adapter_continue_from_row_to_row(host: Host) -> None:
     finally:
         host.eval()
     drops = [w.dropouts[0] for w in work]
-    assert [None if d is None else (d.offset, d.total) for d in drops] == [(0, 6), None, (2, 6)]
-    seeds = {d.seed for d in drops if d is not None}
-    assert len(seeds) == 1
+    rows = [[] if d is None else [(m.length, m.first, m.stop) for m in d.rows] for d in drops]
+    assert rows == [[(2, 0, 2)], [], [(2, 0, 2), (2, 0, 2)]]
+    assert len({m.seed for d in drops if d is not None for m in d.rows}) == 3, "each row has a mask of its own"
+
+
+def test_the_masks_of_an_adapter_do_not_depend_on_who_shares_the_batch(host: Host) -> None:
+    def masks(names: list[str | None]) -> list[int]:
+        host.adapter("a").forwards = 0
+        host.train()
+        try:
+            with host.rows(names):
+                host.begin()
+                work = host.executor.work(host.backbone.sites[SITE], 2 * len(names))
+        finally:
+            host.eval()
+        return [m.seed for w in work for d in w.dropouts if d is not None for m in d.rows]
+
+    assert masks(["a", "a"]) == masks(["b", "a", None, "b", "a"])
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())

@@ -135,10 +135,17 @@ def test_experts_with_biases_and_a_gate_of_their_own_are_their_tokens_one_by_one
 
 def test_experts_that_are_not_told_their_tokens_are_refused() -> None:
     text = transformers.Llama4TextConfig(hidden_size=6, intermediate_size=5, num_local_experts=3)
-    host = Host(wrap(torch.nn.ModuleDict({"experts": Llama4TextExperts(text)})))
+    module = Llama4TextExperts(text)
+    torch.nn.init.ones_(module.gate_up_proj), torch.nn.init.ones_(module.down_proj)
+    host = Host(wrap(torch.nn.ModuleDict({"experts": module})))
+    perturb(host.add("a", make_method("lora", rank=2), "all-expert"), 0.3)
+    x = torch.ones(3, 6)
+    plain = module(x)
+    host.activate("a")
     with pytest.raises(MethodError, match="Llama4TextExperts does not say which tokens an expert sees"):
-        host.add("a", make_method("lora", rank=2), "all-expert")
-    assert not host.adapters
+        module(x)
+    host.merge("a")  # what the hint says can be done
+    assert (module(x) - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

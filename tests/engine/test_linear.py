@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorica.core.update import LinearUpdate, LowRank
-from lorica.engine.equation import Dropout, on_top, reference_linear
+from lorica.engine.equation import Dropout, Mask, on_top, reference_linear
 from lorica.engine.linear import Base, Part, adapted_linear
 
 I, O, N = 5, 4, 9  # noqa: E741
@@ -148,7 +148,7 @@ def test_equal_segments_through_one_batched_product_equal_each_alone() -> None:
 def test_a_mask_is_the_same_in_backward_as_in_forward_and_keeps_the_mean() -> None:
     RNG.manual_seed(2)
     update, A, B = low_rank(dropout=0.5)
-    weight, x, drop = rand(O, I), leaf(N, I), Dropout(0.5, 7, 0, N)
+    weight, x, drop = rand(O, I), leaf(N, I), Dropout(0.5, (Mask(7, N, 0, N),))
     y = adapted_linear(x, base(weight, None), [Part(0, N, update, drop)])
     masked = drop(x)
     expected = x @ weight.T + 0.5 * (masked @ A.T) @ B.T
@@ -159,16 +159,21 @@ def test_a_mask_is_the_same_in_backward_as_in_forward_and_keeps_the_mean() -> No
     ):
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
     ones = torch.ones(4000, 5)
-    dropped = Dropout(0.25, 3, 0, 4000)(ones)
+    dropped = Dropout(0.25, (Mask(3, 4000, 0, 4000),))(ones)
     assert float(dropped.mean()) == pytest.approx(1.0, abs=0.02)
     assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
 
 
-@given(st.integers(0, 8), st.integers(1, 8))
-def test_a_mask_of_some_rows_is_those_rows_of_the_whole_mask(offset: int, count: int) -> None:
-    whole = Dropout(0.5, 11, 0, 20)(torch.ones(20, 3))
-    part = Dropout(0.5, 11, offset, 20)(torch.ones(count, 3))
-    assert torch.equal(part, whole[offset : offset + count])
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=5), st.data())
+def test_a_mask_of_some_positions_is_those_of_the_whole_mask(lengths: list[int], data: st.DataObject) -> None:
+    total = sum(lengths)
+    start = data.draw(st.integers(0, total - 1))
+    stop = data.draw(st.integers(start + 1, total))
+    whole = Dropout(0.5, tuple(Mask(seed, length, 0, length) for seed, length in enumerate(lengths)))
+    x = torch.ones(total, 3)
+    assert torch.equal(whole.cut(start, stop)(x[start:stop]), whole(x)[start:stop])
+    first = Dropout(0.5, whole.rows[:1])
+    assert torch.equal(first(x[: lengths[0]]), whole(x)[: lengths[0]]), "a row's mask is its own"
 
 
 @settings(max_examples=100)

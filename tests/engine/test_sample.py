@@ -232,14 +232,14 @@ def test_a_cache_is_not_allocated_anew_at_each_step():
 
 def test_positions_beyond_the_models_are_refused_and_the_hint_says_what_fits():
     host = served(names=("lora", "soft"))
-    assert len(generate(host, [([3] * 500, "lora")], SamplingParams(max_tokens=12))[0].tokens) == 12
+    assert len(generate(host, [([3] * 500, "lora")], SamplingParams(max_tokens=13))[0].tokens) == 13
     with pytest.raises(
-        DataError, match="500 tokens, and 13 are to be sampled: 513 positions, but this model has 512"
+        DataError, match="500 tokens, and 14 are to be sampled: 513 positions, but this model has 512"
     ) as e:
-        generate(host, [([3], None), ([3] * 500, "lora")], SamplingParams(max_tokens=13))
-    assert e.value.hint == "Shorten the prompt, or set max_tokens to at most 12."
+        generate(host, [([3], None), ([3] * 500, "lora")], SamplingParams(max_tokens=14))
+    assert e.value.hint == "Shorten the prompt, or set max_tokens to at most 13."
     with pytest.raises(DataError, match="Prompt 0 has 500 tokens and 5 virtual tokens"):
-        generate(host, [([3] * 500, "soft")], SamplingParams(max_tokens=8))
+        generate(host, [([3] * 500, "soft")], SamplingParams(max_tokens=9))
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,20 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> t
     return -(logprobs * weights).sum(), logprobs
 
 
+def frozen_head(
+    hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    return linear_cross_entropy(
+        hidden, lambda h: h @ weight.T, lambda d: d @ weight, weight.shape[0], targets, weights, chunk=chunk
+    )
+
+
 @given(st.integers(1, 2 * N))
 def test_any_chunk_gives_the_plain_loss_log_probabilities_and_gradient(chunk: int) -> None:
     hidden, weight, targets, weights = given_rows()
     expected, logprobs = plain(hidden, weight, targets, weights)
     (slope,) = torch.autograd.grad(3.0 * expected, hidden)
-    found, found_logprobs = linear_cross_entropy(hidden, weight, targets, weights, chunk=chunk)
+    found, found_logprobs = frozen_head(hidden, weight, targets, weights, chunk=chunk)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_logprobs, logprobs.detach(), rtol=1e-12, atol=1e-12)
     assert not found_logprobs.requires_grad
@@ -61,7 +69,7 @@ def test_products_that_stand_in_for_the_head_are_used_in_both_directions() -> No
         calls.append("back")
         return d @ weight
 
-    found, _ = linear_cross_entropy(hidden, weight, targets, weights, forward=forward, back=back, chunk=5)
+    found, _ = linear_cross_entropy(hidden, forward, back, V, targets, weights, chunk=5)
     assert calls == ["forward", "back"] * 3
     torch.testing.assert_close(found, plain(hidden, weight, targets, weights)[0])
 
@@ -75,7 +83,7 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
         return d @ weight
 
     with torch.no_grad():
-        loss, _ = linear_cross_entropy(hidden, weight, targets, weights, back=back)
+        loss, _ = linear_cross_entropy(hidden, lambda h: h @ weight.T, back, V, targets, weights)
     assert not calls and not loss.requires_grad
 
 
@@ -83,7 +91,7 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
 def test_half_precision_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     hidden, weight, targets, weights = given_rows(dtype)
     logits = (hidden @ weight.T).float().detach()
-    found, logprobs = linear_cross_entropy(hidden, weight, targets, weights, chunk=4)
+    found, logprobs = frozen_head(hidden, weight, targets, weights, chunk=4)
     assert logprobs.dtype == torch.float32
     expected = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected, rtol=1e-5, atol=1e-5)
@@ -98,7 +106,7 @@ def test_a_confident_target_keeps_its_small_gradient_in_half_precision() -> None
     # p = 0.9995 is 1 in bfloat16, and 1 − 1 would be no gradient at all
     hidden = torch.tensor([[1.0]], dtype=torch.bfloat16, requires_grad=True)
     weight = torch.tensor([[7.625], [0.0]], dtype=torch.bfloat16)
-    loss, logprobs = linear_cross_entropy(hidden, weight, torch.tensor([0]), torch.ones(1))
+    loss, logprobs = frozen_head(hidden, weight, torch.tensor([0]), torch.ones(1))
     (slope,) = torch.autograd.grad(loss, hidden)
     assert 0 < float(-logprobs) < 1e-3
     assert float(slope) == pytest.approx(float(logprobs.double().expm1()) * 7.625, rel=0.01)
@@ -109,3 +117,31 @@ def test_a_chunk_of_a_large_vocabulary_stays_small() -> None:
         rows = chunk_rows(vocabulary, 2)
         assert 32 <= rows <= 512
         assert rows == 32 or rows * vocabulary * 8 <= 2**24
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_impossible_token_that_does_not_count_changes_nothing(frozen: bool) -> None:
+    hidden = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    weight, targets, weights = torch.tensor([[0.0], [-torch.inf]]), torch.tensor([0, 1]), torch.tensor([1.0, 0.0])
+
+    def forward(h: Tensor) -> Tensor:
+        return h @ weight.T
+
+    def back(d: Tensor) -> Tensor:
+        return d @ weight.nan_to_num(neginf=0.0)
+
+    if frozen:
+        loss, logprobs = linear_cross_entropy(hidden, forward, back, 2, targets, weights)
+    else:
+        logits = torch.tensor([0.0, -torch.inf])
+        loss, logprobs = chunked_cross_entropy(hidden, lambda h, start: h + logits, targets, weights)
+    assert float(loss.detach()) == 0 and logprobs.tolist() == [0.0, -torch.inf]
+    assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
+
+
+def test_a_second_derivative_is_refused_since_none_was_kept() -> None:
+    hidden, weight, targets, weights = given_rows()
+    loss, _ = frozen_head(hidden, weight, targets, weights)
+    (slope,) = torch.autograd.grad(loss * hidden.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()

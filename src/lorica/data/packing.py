@@ -29,7 +29,7 @@ class Packed:
 
     `tokens`, `targets`, `positions` [N] int64 and `weights` [N] float32: at position i the model reads `tokens[i]`
     and is asked for `targets[i]`, whose loss counts `weights[i]` times. `positions` begin at 0 in each sequence.
-    `lengths`, `slots` [S].
+    `lengths` [S].
     """
 
     tokens: Ints
@@ -37,7 +37,6 @@ class Packed:
     weights: Floats
     positions: Ints
     lengths: Ints
-    slots: Ints
 
     @property
     def cu_seqlens(self) -> Ints:
@@ -50,27 +49,17 @@ class Packed:
         return int(np.count_nonzero(self.weights))
 
 
-def collate(examples: Sequence[Example], slots: Sequence[int] | None = None) -> Packed:
+def collate(examples: Sequence[Example]) -> Packed:
     """Lay examples end to end. A sequence of n tokens gives n - 1 inputs: its last token is only a target.
 
-    Args:
-        slots: the adapter slot of each example; slot 0 for all when left out.
-
-    Raises DataError when there is no example, one has fewer than two tokens, the slots do not match, or nothing is
-    trained.
+    Raises DataError when there is no example, or one has fewer than two tokens.
     """
     if not examples:
         raise DataError("A batch needs at least one example.")
-    if slots is not None and len(slots) != len(examples):
-        raise DataError(f"The batch has {len(examples)} examples and {len(slots)} slots; each example needs one.")
     short = next((example for example in examples if len(example) < 2), None)
     if short is not None:
         raise DataError(
             f"{short.where} has {len(short)} tokens; at least 2 are needed, one to read and one to predict."
-        )
-    if not any(example.trained for example in examples):
-        raise DataError(
-            f"No token of this batch is trained: every loss weight is zero (its first row is {examples[0].where})."
         )
     lengths = np.array([len(example) - 1 for example in examples], dtype=np.int64)
     return Packed(
@@ -79,7 +68,19 @@ def collate(examples: Sequence[Example], slots: Sequence[int] | None = None) -> 
         weights=np.concatenate([np.array(example.weights[1:], dtype=np.float32) for example in examples]),
         positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         lengths=lengths,
-        slots=np.zeros(len(examples), dtype=np.int64) if slots is None else np.array(slots, dtype=np.int64),
+    )
+
+
+def end_to_end(rows: Sequence[Sequence[int]]) -> Packed:
+    """Token ids alone, all of them inputs: of whom nothing is asked."""
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    tokens = np.concatenate([np.array(row, dtype=np.int64) for row in rows])
+    return Packed(
+        tokens=tokens,
+        targets=np.zeros_like(tokens),
+        weights=np.zeros(len(tokens), dtype=np.float32),
+        positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+        lengths=lengths,
     )
 
 

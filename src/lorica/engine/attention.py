@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,11 @@ from lorica.models.attention import (
     register_attention,
     set_attention,
 )
+from lorica.models.positions import window_of
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+OURS = "lorica-"
+"""What the names of our kernels begin with; the rest is the kernel that they stand on."""
 _PACKED: ContextVar[bool] = ContextVar("lorica_packed", default=False)
 
 
@@ -67,16 +71,22 @@ class AttentionHub:
             return
         module = self.executor.backbone.module
         previous = attention_configs(module)[0]._attn_implementation
+        if previous.startswith(OURS):  # of another hub: its model was made from the same config object
+            previous = previous.removeprefix(OURS)
+            set_attention(module, previous)
         self.inner, mask = attention_kernel(previous, self._modules[0])
-        register_attention(f"lorica-{previous}", _through_hub(self.inner), _unless_packed(mask))
-        self._switch = set_attention(module, f"lorica-{previous}")
+        register_attention(f"{OURS}{previous}", _through_hub(self.inner), _unless_packed(mask))
+        self._switch = set_attention(module, f"{OURS}{previous}")
+        _INSTALLED.add(self)
         for attention in self._modules:
             # kept on the instance, so that a deep copy of the model calls the copy's own hub
             attention.__dict__["_lorica_hub"] = self
 
     def remove(self) -> None:
+        _INSTALLED.discard(self)
         if self._switch is not None:
-            self._switch.restore()
+            others = [hub._switch for hub in _INSTALLED if hub._switch is not None]
+            self._switch.restore(but={id(config) for switch in others for config in switch.configs})
         for attention in self._modules:
             attention.__dict__.pop("_lorica_hub", None)
 
@@ -110,6 +120,8 @@ class AttentionHub:
         if route is None:
             return self.inner(module, query, key, value, attention_mask, **kwargs)
         site, lengths = self.sites.get(module), route.lengths
+        if lengths is not None or self.cache is not None:
+            kwargs.setdefault("sliding_window", window_of(module))  # some say it in their mask alone
         if lengths is not None:
             found = self._prefixes(site, len(lengths))
             pairs = [_joined(found[row]) if row in found else None for row in range(len(lengths))]
@@ -132,6 +144,10 @@ class AttentionHub:
             mask_TS = None if attention_mask is None else attention_mask.expand(query.shape[0], -1, -1, -1)[row]
             rows[row] = attend_with_prefix(module, query[row], key[row], value[row], mask_TS, own, **kwargs)
         return torch.stack(rows), None
+
+
+_INSTALLED: WeakSet[AttentionHub] = WeakSet()
+"""Hubs whose kernel is in use: of several models that share a config object, the last to go puts it back."""
 
 
 def _through_hub(inner: Attend) -> Attend:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """Padded widths. Longer sequences share a batch with those of their own length alone."""
@@ -65,6 +66,7 @@ class _Spread(torch.autograd.Function):
         return padded
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         bucket, dx_NHK = ctx.bucket, grads[0].new_zeros(ctx.shape)
         dx_NHK[bucket.token_n.to(dx_NHK.device)] = bucket.gather(grads[0])

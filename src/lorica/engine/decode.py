@@ -41,6 +41,8 @@ def stepwise_linears(executor: Executor) -> Iterator[None]:
     plain = executor.compute in (None, backbone.dtype) and not torch.is_autocast_enabled(backbone.device.type)
     forwards = []
     for group in groups_of(executor) if plain else []:
+        if not group.free:
+            continue
         factors, slow = factors_of(executor, [m.site for m in group.members], () if route is None else route.stacks)
         step = _Step(group, factors)
         forwards += [(m.module, Stand(step, i)) for i, m in enumerate(group.members) if i not in slow]

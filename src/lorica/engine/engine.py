@@ -13,15 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorica.core.errors import DataError, MethodError
-from lorica.core.update import SoftPrompt
+from lorica.adapters.adapter import Adapter
+from lorica.core.errors import DataError
 from lorica.data.example import Example
-from lorica.data.packing import Packed, collate
-from lorica.engine.attention import without_mask
-from lorica.engine.fast import fast_modules
-from lorica.engine.groups import group_of
+from lorica.data.packing import collate
+from lorica.engine.checks import check_positions, check_tokens
+from lorica.engine.fast import fast_modules, frozen_maps
 from lorica.engine.host import Host, RowSpec
-from lorica.training.loss_head import chunked_cross_entropy, linear_cross_entropy
+from lorica.engine.route import Numbers, Stack, numbered
+from lorica.engine.trunk import Trunk
+from lorica.models.positions import uniform_positions
+from lorica.training.loss_head import chunked_cross_entropy, linear_cross_entropy, weighted
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,143 +47,131 @@ class Engine:
 
     Args:
         host: the adapters and their backbone, which must be a causal language model.
-        token_budget: most tokens of one micro-batch; an example longer than this runs alone.
+        token_budget: most positions of one micro-batch, soft prompts included; a longer example runs alone.
+
+    Raises: MethodError for a backbone that the engine cannot run.
     """
 
     def __init__(self, host: Host, *, token_budget: int = 2048) -> None:
-        if not host.backbone.is_causal_lm:
-            raise MethodError(f"{host.backbone.name!r} is not a causal language model, so it has no next-token loss.")
         self.host = host
         self.token_budget = token_budget
-        self.hub = host.attention_hub()
+        self.trunk = Trunk(host)
 
     def forward(self, items: Sequence[Item]) -> list[Result]:
-        """Losses and log-probabilities without gradients, dropout off."""
+        """Losses and log-probabilities without gradients, dropout off. Examples need no trained token.
+
+        Raises DataError naming the first wrong example, RouteError for unknown and deleted adapters.
+        """
         return self._run(items, backward=False)
 
     def forward_backward(self, items: Sequence[Item]) -> list[Result]:
-        """The same with gradients of the summed loss, accumulated into each adapter's own gradient row."""
+        """The same with gradients of the summed loss, accumulated into each adapter's own gradient row.
+
+        Also raises DataError when no token of the batch is trained. After an error all gradients are as before.
+        """
+        if not any(item.example.trained for item in items):
+            where = f" (its first row is {items[0].example.where})" if items else ""
+            raise DataError(f"No token of this batch is trained: every loss weight is zero{where}.")
         return self._run(items, backward=True)
 
     def _run(self, items: Sequence[Item], *, backward: bool) -> list[Result]:
-        for index, item in enumerate(items):
-            if len(item.example.tokens) < 2:
-                raise DataError(
-                    f"Example {index} has {len(item.example.tokens)} tokens; at least two are needed to predict one."
-                )
+        stacks = self.host.stacks([item.adapter for item in items])
+        lengths, totals = self._check(items, stacks)
+        alone = not self.trunk.packs()
+        adapters = dict.fromkeys(adapter for stack in stacks for adapter in stack) if backward else {}
+        before = {adapter: (adapter.grad.clone(), adapter.forwards) for adapter in adapters}
+        for adapter in adapters:
+            adapter.forwards += 1
+        call = _Call([i.example for i in items], stacks, numbered(stacks), {a: a.forwards for a in adapters})
         results: list[Result | None] = [None] * len(items)
-        was_training = self.host.model.training
-        self.host.train(backward)
         try:
-            for chunk in self._micro_batches(items):
-                for index, result in zip(chunk, self._micro([items[i] for i in chunk], backward), strict=True):
-                    results[index] = result
-        finally:
-            self.host.train(was_training)
+            with self.trunk.modes(training=backward):
+                for chunk in self._micro_batches(stacks, lengths, totals, alone=alone):
+                    for index, result in zip(chunk, self._micro(call, chunk, backward), strict=True):
+                        results[index] = result
+        except BaseException:
+            for adapter, (grad, forwards) in before.items():
+                adapter.grad.copy_(grad)
+                adapter.forwards = forwards
+            raise
         return [result for result in results if result is not None]
 
-    def _micro_batches(self, items: Sequence[Item]) -> list[list[int]]:
-        """Indices in micro-batches of at most `token_budget` tokens; neighbours share an adapter and a length where
-        they can.
+    def _check(self, items: Sequence[Item], stacks: Sequence[Stack]) -> tuple[list[int], list[int]]:
+        """Each row's length, soft prompts included, and its last position, prefixes included too. Raises DataError for
+        the first row that cannot be computed.
         """
-        names = {str(item.adapter): None for item in items}
-        rank = {name: i for i, name in enumerate(names)}
-        order = sorted(range(len(items)), key=lambda i: (rank[str(items[i].adapter)], len(items[i].example.tokens)))
+        names = [f"Example {i} ({item.example.where})" for i, item in enumerate(items)]
+        for name, item in zip(names, items, strict=True):
+            if len(item.example) < 2:
+                raise DataError(f"{name} has {len(item.example)} tokens; at least two are needed to predict one.")
+        check_tokens(self.host.backbone, [item.example.tokens for item in items], names)
+        virtual = self.trunk.virtual(stacks)
+        lengths = [len(item.example) - 1 + soft for item, (soft, _) in zip(items, virtual, strict=True)]
+        totals = [length + prefix for length, (_, prefix) in zip(lengths, virtual, strict=True)]
+        check_positions(self.host.backbone, totals, names)
+        return lengths, totals
+
+    def _micro_batches(
+        self, stacks: Sequence[Stack], lengths: Sequence[int], totals: Sequence[int], *, alone: bool
+    ) -> list[list[int]]:
+        """Indices in micro-batches of at most `token_budget` positions; neighbours share adapters and a length where
+        they can. Where rotations depend on the longest row of a pass, longer rows than that are by themselves.
+        """
+        rank = {stack: i for i, stack in enumerate(dict.fromkeys(stacks))}
+        order = sorted(range(len(stacks)), key=lambda i: (rank[stacks[i]], lengths[i]))
+        limit = uniform_positions(self.host.model)
         chunks: list[list[int]] = []
         room = 0
         for index in order:
-            tokens = len(items[index].example.tokens)
-            if not chunks or tokens > room:
+            single = alone or (limit is not None and totals[index] > limit)
+            if not chunks or single or lengths[index] > room:
                 chunks.append([])
                 room = self.token_budget
             chunks[-1].append(index)
-            room -= tokens
+            room = 0 if single else room - lengths[index]
         return chunks
 
-    def _micro(self, items: list[Item], backward: bool) -> list[Result]:
-        packed = collate([item.example for item in items])
-        targets_N, weights_N = self._tensor(packed.targets), self._tensor(packed.weights, torch.float32)
+    def _micro(self, call: _Call, chunk: Sequence[int], backward: bool) -> list[Result]:
+        packed = collate([call.examples[i] for i in chunk])
+        targets_N, weights_N = self.trunk.tensor(packed.targets), self.trunk.tensor(packed.weights, torch.float32)
+        rows, numbers = [call.stacks[i] for i in chunk], [call.numbers[i] for i in chunk]
         with (
             torch.set_grad_enabled(backward),
-            self.host.rows([item.adapter for item in items], lengths=packed.lengths.tolist()),
+            self.host.rows(rows, lengths=packed.lengths.tolist(), counts=call.counts, numbers=numbers),
             fast_modules(self.host.executor),
         ):
-            hidden_ND = self.hidden(packed)
+            hidden_ND = self.trunk.hidden(packed)
             loss, logprobs_N = self._head(hidden_ND, targets_N, weights_N)
             if backward and loss.requires_grad:
                 loss.backward()
         results, start = [], 0
         for length in packed.lengths.tolist():
             span = slice(start, start + length)
-            logprobs = logprobs_N[span]
-            results.append(Result(float(-(logprobs * weights_N[span]).sum()), tuple(logprobs.tolist())))
+            own = logprobs_N[span]
+            results.append(Result(-float(weighted(own, weights_N[span]).sum()), tuple(own.tolist())))
             start += length
         return results
 
-    def _tensor(self, values: Sequence[float] | object, dtype: torch.dtype = torch.long) -> Tensor:
-        return torch.as_tensor(values, dtype=dtype, device=self.host.backbone.device)
-
-    def hidden(self, packed: Packed) -> Tensor:
-        """Final hidden states [N, width] of the packed tokens under the present route."""
-        backbone = self.host.backbone
-        assert backbone.trunk is not None
-        self.host.begin()
-        ids_N, positions_N = self._tensor(packed.tokens), self._tensor(packed.positions)
-        lengths: list[int] = packed.lengths.tolist()
-        prompts, prefix_lengths = self._prompts(len(lengths)), self.hub.prefix_lengths(len(lengths))
-        shifts = [p + sum(t.shape[0] for t in row) for p, row in zip(prefix_lengths, prompts, strict=True)]
-        if any(shifts):
-            positions_N = positions_N + torch.repeat_interleave(self._tensor(shifts), self._tensor(lengths))
-        if any(prompts):
-            return self._with_prompts(ids_N, positions_N, lengths, prompts)
-        with without_mask():
-            output = backbone.trunk(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)
-        hidden_1ND: Tensor = output[0]
-        return hidden_1ND[0]
-
-    def _prompts(self, rows: int) -> list[list[Tensor]]:
-        site = self.host.backbone.sites.get("input")
-        prompts: list[list[Tensor]] = [[] for _ in range(rows)]
-        for item in self.host.executor.work_for_rows(site, rows) if site is not None else []:
-            prompts[item.start] = [u.embeddings_PD for u in item.updates if isinstance(u, SoftPrompt)]
-        return prompts
-
-    def _with_prompts(
-        self, ids_N: Tensor, positions_N: Tensor, lengths: list[int], prompts: list[list[Tensor]]
-    ) -> Tensor:
-        """The trunk over sequences with their soft prompts before them; the prompts' own hidden states are dropped."""
-        backbone = self.host.backbone
-        assert backbone.trunk is not None
-        embeds_ND = backbone.module_of("input")(ids_N)
-        pieces, places, real, start = [], [], [], 0
-        for length, row in zip(lengths, prompts, strict=True):
-            front = torch.cat([p.to(embeds_ND.dtype) for p in row]) if row else embeds_ND[:0]
-            extra = front.shape[0]
-            pieces += [front, embeds_ND[start : start + length]]
-            # positions of the prompt count up to the first real token's
-            places += [
-                positions_N[start] - extra + torch.arange(extra, device=ids_N.device),
-                positions_N[start : start + length],
-            ]
-            real += [False] * extra + [True] * length
-            start += length
-        longer = [length + sum(p.shape[0] for p in row) for length, row in zip(lengths, prompts, strict=True)]
-        with self.host.relengthened(longer), without_mask():
-            hidden_1ND: Tensor = backbone.trunk(
-                inputs_embeds=torch.cat(pieces)[None], position_ids=torch.cat(places)[None], use_cache=False
-            )[0]
-        return hidden_1ND[0, torch.tensor(real, device=ids_N.device)]
-
     def _head(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-        backbone = self.host.backbone
+        """Loss and log-probabilities: over frozen products where the head is nothing else, else through its module."""
+        backbone, host = self.host.backbone, self.host
         assert backbone.head is not None
-        if self.host.covers_head() or backbone.transforms_logits:
-            return chunked_cross_entropy(hidden_ND, self.host.windowed(self._logits), targets_N, weights_N)
-        group = group_of(self.host.executor, backbone.head)
-        forward, back = (None, None) if group is None else (group.maps.forward, group.maps.back)
-        return linear_cross_entropy(hidden_ND, backbone.head.weight, targets_N, weights_N, forward=forward, back=back)
+        maps = frozen_maps(host.executor, backbone.head)
+        if maps is None or host.adapts_head() or backbone.transforms_logits:
+            return chunked_cross_entropy(hidden_ND, host.windowed(self._logits), targets_N, weights_N)
+        return linear_cross_entropy(hidden_ND, maps.forward, maps.back, maps.sizes[0], targets_N, weights_N)
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         backbone = self.host.backbone
         assert backbone.head is not None
         return backbone.logits_transform(backbone.head(hidden_ND))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """Of all rows of one call: examples, stacks, numbers; and which call it is for each adapter, while training."""
+
+    examples: list[Example]
+    stacks: list[Stack]
+    numbers: list[Numbers]
+    counts: dict[Adapter, int]

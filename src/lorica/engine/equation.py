@@ -15,25 +15,44 @@ from lorica.core.update import LinearUpdate, LowRank
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """The mask of one row: positions `[first, stop)` of the `length` that are drawn from a generator of this seed."""
+
+    seed: int
+    length: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
 class Dropout:
-    """A mask as a recipe: rows `[offset, offset + n)` of the `total` rows that one adapter has at this site.
+    """A mask as a recipe, row by row: a row's own does not depend on which rows share the batch.
 
     It is drawn anew wherever it is needed, so backward and checkpoints see the same one and none is stored.
     """
 
     rate: float
-    seed: int
-    offset: int
-    total: int
+    rows: tuple[Mask, ...]
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """x under the mask, scaled by 1/(1 − rate)."""
-        rng = torch.Generator(device=x_NI.device).manual_seed(self.seed)
-        draw = torch.empty((self.total, *x_NI.shape[1:]), dtype=torch.float32, device=x_NI.device).uniform_(
-            generator=rng
-        )
-        keep = draw[self.offset : self.offset + x_NI.shape[0]] >= self.rate
-        return x_NI * keep / (1.0 - self.rate)
+        rng = torch.Generator(device=x_NI.device)
+        draws = []
+        for row in self.rows:
+            drawn = torch.empty((row.length, *x_NI.shape[1:]), dtype=torch.float32, device=x_NI.device)
+            draws.append(drawn.uniform_(generator=rng.manual_seed(row.seed))[row.first : row.stop])
+        return x_NI * (torch.cat(draws) >= self.rate) / (1.0 - self.rate)
+
+    def cut(self, start: int, stop: int) -> Dropout:
+        """The same mask on positions `[start, stop)` alone."""
+        rows, at = [], 0
+        for row in self.rows:
+            size = row.stop - row.first
+            first, last = max(start, at) - at, min(stop, at + size) - at
+            if first < last:
+                rows.append(Mask(row.seed, row.length, row.first + first, row.first + last))
+            at += size
+        return Dropout(self.rate, tuple(rows))
 
 
 def on_top(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +17,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.core.errors import RouteError
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate, Update
-from lorica.engine.equation import Dropout
+from lorica.engine.equation import Dropout, Mask
 from lorica.engine.route import Route, Segment
 from lorica.models.backbone import Backbone
 
@@ -43,8 +43,9 @@ class Work:
         """This work on positions `[start, stop)` alone, counted from `start`; its masks are the same there."""
         first = max(self.start, start)
         skipped = first - self.start
-        drops = tuple(None if d is None else replace(d, offset=d.offset + skipped) for d in self.dropouts)
-        return Work(first - start, min(self.stop, stop) - start, self.updates, drops)
+        last = min(self.stop, stop)
+        drops = tuple(None if d is None else d.cut(skipped, last - self.start) for d in self.dropouts)
+        return Work(first - start, last - start, self.updates, drops)
 
 
 class Executor:
@@ -67,7 +68,7 @@ class Executor:
     def work(self, site: Site, leading: int) -> list[Work]:
         """What to do at a site whose flattened leading axis has `leading` positions; empty where only the base acts."""
         route = self.live_route()
-        if route is None:
+        if route is None or not route.touches(site.name):
             return []
         if self.window is None:
             return self.lower(site, route.segments(leading), route)
@@ -93,9 +94,9 @@ class Executor:
     def work_for_rows(self, site: Site, rows: int) -> list[Work]:
         """The same for a site that sees whole rows (attention, convolution, input): start and stop count rows."""
         route = self.live_route()
-        if route is None:
+        if route is None or not route.touches(site.name):
             return []
-        return self.lower(site, [Segment(i, i + 1, stack) for i, stack in enumerate(route.stacks_for(rows))], route)
+        return self.lower(site, route.row_segments(rows), route)
 
     def rows(self) -> int | None:
         """How many rows the present batch routes one by one; None where a stack serves all, or rows are packed."""
@@ -132,31 +133,28 @@ class Executor:
     def lower(self, site: Site, segments: list[Segment], route: Route) -> list[Work]:
         """Lower each adapter present once, and give every segment its updates and dropout masks."""
         lowered: dict[Adapter, Update] = {}
-        seen: dict[Adapter, int] = {}
-        totals: dict[Adapter, int] = {}
-        here = [(segment, tuple(a for a in segment.stack if site.name in a.layout.sites)) for segment in segments]
-        for segment, stack in here:
-            for adapter in stack:
-                totals[adapter] = totals.get(adapter, 0) + segment.stop - segment.start
+        work = []
+        for segment in segments:
+            levels = [level for level, adapter in enumerate(segment.stack) if site.name in adapter.layout.sites]
+            if not levels:
+                continue
+            updates, drops = [], []
+            for level in levels:
+                adapter = segment.stack[level]
                 if adapter not in lowered:
                     lowered[adapter] = self.lowered(adapter, site.name)
-        work = []
-        for segment, stack in here:
-            if not stack:
-                continue
-            drops = []
-            for adapter in stack:
-                offset = seen.get(adapter, 0)
-                seen[adapter] = offset + segment.stop - segment.start
-                drops.append(_dropout(adapter, lowered[adapter], site, route, offset, totals[adapter]))
-            work.append(Work(segment.start, segment.stop, tuple(lowered[a] for a in stack), tuple(drops)))
+                updates.append(lowered[adapter])
+                drops.append(_dropout(lowered[adapter], site, segment, level, route))
+            work.append(Work(segment.start, segment.stop, tuple(updates), tuple(drops)))
         return work
 
 
-def _dropout(adapter: Adapter, update: Update, site: Site, route: Route, offset: int, total: int) -> Dropout | None:
-    """A mask that is a function of (adapter seed, its forward count, site): no other tenant can move it."""
-    count = route.counts.get(adapter)
+def _dropout(update: Update, site: Site, segment: Segment, level: int, route: Route) -> Dropout | None:
+    """A mask that is a function of (adapter seed, its call, its row, site): no other tenant can move it."""
+    adapter = segment.stack[level]
+    count = None if route.counts is None else route.counts.get(adapter)
     if count is None or not isinstance(update, LinearUpdate) or update.dropout == 0.0:
         return None
-    seed = zlib.crc32(f"{adapter.seed}/{count}/{site.name}".encode())
-    return Dropout(update.dropout, seed, offset, total)
+    key = f"{adapter.seed}/{count}/{site.name}"
+    rows = [Mask(zlib.crc32(f"{key}/{numbers[level]}".encode()), n, 0, n) for n, numbers in segment.rows]
+    return Dropout(update.dropout, tuple(rows))

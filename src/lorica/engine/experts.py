@@ -17,8 +17,9 @@ from lorica.core.errors import MethodError
 from lorica.core.site import Site
 from lorica.engine.executor import Executor
 from lorica.engine.linear import Base
+from lorica.engine.linear_sites import stacked_linear
 from lorica.engine.route import Route, subset
-from lorica.engine.sites import SiteForward, amp, stacked_linear
+from lorica.engine.sites import SiteForward, amp
 
 
 class ExpertsForward(SiteForward):
@@ -26,27 +27,30 @@ class ExpertsForward(SiteForward):
 
     `sites[parameter][expert]` are the sites of the slices. The module computes
     `Σ_k w_k · down_e(gated(gate_up_e(x)))` over the experts e chosen for each token, with a gate of its own or
-    `act(gate) ⊙ up`. Raises MethodError for a module that is not handed the choice of experts (Llama 4).
+    `act(gate) ⊙ up`. An adapter of a module that is not handed the choice of experts (Llama 4) can be loaded, saved and
+    merged; a forward pass with it raises MethodError.
     """
 
     def __init__(self, executor: Executor, module: nn.Module, sites: dict[str, dict[int, Site]]) -> None:
         super().__init__(executor, module, next(iter(next(iter(sites.values())).values())))
         self.sites = sites
         given = list(inspect.signature(type(module).forward).parameters)
-        if len(given) < 4 or not {"gate_up_proj", "down_proj"} <= sites.keys():
-            raise MethodError(
-                f"{type(module).__name__} does not say which tokens an expert sees, so its experts cannot be adapted "
-                "in a forward pass.",
-                hint="Leave them out of the targets; an adapter of theirs that exists can be merged into the weights.",
-            )
+        self.says = len(given) >= 4 and {"gate_up_proj", "down_proj"} <= sites.keys()
 
-    def __call__(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         route = self.executor.live_route()
         names = {site.name for per_expert in self.sites.values() for site in per_expert.values()}
         if route is None or not any(names & a.layout.sites.keys() for a in route.adapters()):
-            return cast(Tensor, self.inner(hidden_states, top_k_index, top_k_weights, *args, **kwargs))
+            return cast(Tensor, self.inner(*args, **kwargs))
+        if not self.says:
+            raise MethodError(
+                f"{type(self.module).__name__} does not say which tokens an expert sees, so its experts cannot be "
+                "adapted in a forward pass.",
+                hint="Leave them out of the targets; an adapter of theirs that exists can be merged into the weights.",
+            )
+        return self._routed(route, *args, **kwargs)
+
+    def _routed(self, route: Route, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x_NH = hidden_states.reshape(-1, hidden_states.shape[-1])
         out_NH = torch.zeros_like(x_NH)
         for expert in torch.unique(top_k_index).tolist():

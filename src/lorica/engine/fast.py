@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from lorica.engine.executor import Executor, Work
 from lorica.engine.fused import FusedNorm, Gated, fused_parts
 from lorica.engine.groups import Group, Shared, Stand, groups_of, standing_in
-from lorica.engine.linear import Base, Make, Part, adapted_linear
-from lorica.engine.sites import stacked_linear
+from lorica.engine.linear import Base, Make, adapted_linear
+from lorica.engine.linear_sites import is_sum, parts_of, stacked_linear
+from lorica.engine.prepack import FrozenMaps
+from lorica.engine.sites import NormForward
 
 KEPT = "fused"
 
@@ -34,10 +36,11 @@ class _Pass(Shared):
     def compute(self, x: Tensor) -> list[Tensor]:
         x_NI = x.reshape(-1, x.shape[-1])
         work = [self.executor.work(site, x_NI.shape[0]) for site in self.sites]
-        if len(self.sites) == 1 or any(_scales_input_or_stacks(item) for own in work for item in own):
+        if len(self.sites) == 1 or any(_needs_a_node(item) for own in work for item in own):
             ys = [self._alone(i, x_NI, own) for i, own in enumerate(work)]
         else:
-            y_NO = adapted_linear(x_NI, self._base(), _parts(work), self.executor.compute)
+            parts = [part for i, own in enumerate(work) for item in own for part in parts_of(item, i)]
+            y_NO = adapted_linear(x_NI, self._base(), parts, self.executor.compute)
             ys = list(y_NO.split(self.group.maps.sizes, dim=1))
         return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys]
 
@@ -53,23 +56,17 @@ class _Pass(Shared):
         """What the only member makes of `make(*sources)`, of which the sources alone are saved."""
         flat = [s.reshape(-1, s.shape[-1]) for s in sources]
         work = self.executor.work(self.sites[0], flat[0].shape[0])
-        if any(len(item.updates) > 1 for item in work):
+        if not all(is_sum(item) for item in work):
             y_NO = self._alone(0, make(*flat), work)
         else:
-            y_NO = adapted_linear(flat, self._base(), _parts([work]), self.executor.compute, make)
+            parts = [part for item in work for part in parts_of(item)]
+            y_NO = adapted_linear(flat, self._base(), parts, self.executor.compute, make)
         return y_NO.view(*sources[0].shape[:-1], y_NO.shape[1])
 
 
-def _scales_input_or_stacks(item: Work) -> bool:
-    return len(item.updates) > 1 or item.linear(0).in_scale_I is not None
-
-
-def _parts(work: list[list[Work]]) -> list[Part]:
-    return [
-        Part(item.start, item.stop, item.linear(0), item.dropouts[0], index)
-        for index, own in enumerate(work)
-        for item in own
-    ]
+def _needs_a_node(item: Work) -> bool:
+    """Whether a segment's updates read another input than the other maps, or stand on each other."""
+    return not is_sum(item) or any(item.linear(level).in_scale_I is not None for level in range(len(item.updates)))
 
 
 class _GatedForward:
@@ -82,44 +79,54 @@ class _GatedForward:
         return self.down.made(self.block.make, self.block.gate(x), self.block.up(x))
 
 
-class _Kept:
-    """The stand-ins that do not depend on the batch, for one set of frozen weights. A copy starts without them."""
-
-    def __init__(self, norms: dict[nn.Module, FusedNorm], blocks: list[Gated]) -> None:
-        self.norms, self.blocks = norms, blocks
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
-
-
 @contextmanager
 def fast_modules(executor: Executor) -> Iterator[None]:
     """Inside, the backbone's modules compute packed passes the fast way. Without effect under autocast."""
     if torch.is_autocast_enabled(executor.backbone.device.type):
         yield
         return
-    passes = {group.members[0].module: _Pass(executor, group) for group in groups_of(executor)}
-    kept = _kept(executor)
-    forwards: list[tuple[nn.Module, Any]] = [
-        (module, norm) for module, norm in kept.norms.items() if "forward" not in module.__dict__
-    ]
+    passes = {g.members[0].module: _Pass(executor, g) for g in groups_of(executor) if g.free}
+    norms, blocks = _fused(executor)
+    forwards: list[tuple[nn.Module, Any]] = [(m, norm) for m, norm in norms.items() if _is_bare(executor, m)]
     for shared in passes.values():
         forwards += [(m.module, Stand(shared, i)) for i, m in enumerate(shared.group.members)]
-    for block in kept.blocks:
+    for block in blocks:
         down = passes.get(block.down)
-        if down is not None and len(down.sites) == 1:
+        bare = "forward" not in block.module.__dict__ and not hooked(block.down)
+        if down is not None and len(down.sites) == 1 and bare:
             forwards.append((block.module, _GatedForward(block, down)))
     with standing_in(forwards):
         yield
 
 
-def _kept(executor: Executor) -> _Kept:
-    backbone = executor.backbone
-    kept = backbone.kept.get(KEPT)
-    if not isinstance(kept, _Kept):
+def _fused(executor: Executor) -> tuple[dict[nn.Module, FusedNorm], list[Gated]]:
+    """Stand-ins that do not depend on the batch, kept until the weights change."""
+    kept = executor.backbone.kept
+    if KEPT not in kept:
         with executor.replay(None):
-            kept = backbone.kept[KEPT] = _Kept(*fused_parts(backbone))
-    return kept
+            kept[KEPT] = fused_parts(executor.backbone)
+    found: tuple[dict[nn.Module, FusedNorm], list[Gated]] = kept[KEPT]
+    return found
+
+
+def _is_bare(executor: Executor, norm: nn.Module) -> bool:
+    """Whether a norm acts as its class does in this pass: no adapter of the batch, and nobody else, changes it."""
+    before = norm.__dict__.get("forward")
+    if before is None:
+        return True
+    route = executor.live_route()
+    ours = isinstance(before, NormForward) and before.previous is None
+    return ours and (route is None or not route.touches(before.site.name))
+
+
+def frozen_maps(executor: Executor, module: nn.Module) -> FrozenMaps | None:
+    """The products of a linear module that shares its input with no other; None where it is more than its product."""
+    if hooked(module):
+        return None
+    groups = (g for g in groups_of(executor) if len(g.members) == 1 and g.members[0].module is module and g.free)
+    return next((group.maps for group in groups), None)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

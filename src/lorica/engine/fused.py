@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from lorica.models.backbone import Backbone
 
@@ -64,6 +65,7 @@ class _Norm(torch.autograd.Function):
         return form.apply(wide * root, weight, x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, root = ctx.saved_tensors
         dy = grads[0].float() * ctx.form.factor(weight)
@@ -119,13 +121,23 @@ def gated_of(module: nn.Module) -> Gated | None:
     if "forward" in module.__dict__ or set(module._modules) - set(names):
         return None
     found = Gated(module, cast(nn.Module, gate), cast(nn.Module, up), cast(nn.Module, down), act)
-    probe = _probe((3, cast(nn.Linear, gate).in_features), cast(nn.Linear, gate).weight)
-    try:
-        expected = type(module).forward(module, probe)
-    except (TypeError, RuntimeError):  # a forward of another form
-        return None
-    composed = found.down(found.make(found.gate(probe), found.up(probe)))
-    return found if torch.equal(composed, cast(Tensor, expected)) else None
+    return found if all(_is_gated(found, training) for training in (False, True)) else None
+
+
+def _is_gated(block: Gated, training: bool) -> bool:
+    """Whether the parts give the block's output in one mode: some drop features while training."""
+    module, was_training = block.module, block.module.training
+    weight = cast(nn.Linear, block.gate).weight
+    probe = _probe((3, weight.shape[1]), weight)
+    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+        try:
+            module.train(training)
+            expected = type(module).forward(module, probe)
+            return torch.equal(block.down(block.make(block.gate(probe), block.up(probe))), cast(Tensor, expected))
+        except (TypeError, RuntimeError):  # a forward of another form
+            return False
+        finally:
+            module.train(was_training)
 
 
 @torch.no_grad()

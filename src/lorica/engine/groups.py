@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorica.engine.executor import Executor
 from lorica.engine.prepack import FrozenMaps, worth_packing
-from lorica.engine.sites import LinearForward
+from lorica.engine.sites import SiteForward
 from lorica.models.backbone import Backbone
 
 KEPT = "groups"
@@ -31,7 +31,6 @@ class Member:
         self.module = backbone.module_of(site)
         self.weight_OI = backbone.weight(site).matrix()
         self.bias_O = backbone.bias(site)
-        self._version = self.weight_OI._version
 
     @property
     def inner(self) -> Callable[[Tensor], Tensor]:
@@ -40,15 +39,6 @@ class Member:
         if before is not None:
             return cast(Callable[[Tensor], Tensor], before)
         return lambda x: cast(Tensor, type(self.module).forward(self.module, x))
-
-    def unchanged(self, backbone: Backbone) -> bool:
-        """Whether the frozen tensors are those that this object was made of."""
-        now = backbone.weight(self.site).matrix()
-        return (
-            now.data_ptr() == self.weight_OI.data_ptr()
-            and now.dtype == self.weight_OI.dtype
-            and now._version == self._version
-        )
 
 
 class Group:
@@ -62,52 +52,37 @@ class Group:
         """One member as a group of its own, which does not pack: for the rare batch that cannot share."""
         return Group([self.members[index]])
 
+    @property
+    def free(self) -> bool:
+        """Whether nobody else has put a forward on a member since."""
+        return all(is_free(m.module) for m in self.members)
 
-class _Kept:
-    """What a backbone keeps. A copy of the backbone starts without it."""
 
-    def __init__(self, groups: list[Group]) -> None:
-        self.groups = groups
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+def is_free(module: nn.Module) -> bool:
+    """Whether a module has the forward of its class, or a stand-in of ours before that."""
+    before = module.__dict__.get("forward")
+    return before is None or (isinstance(before, SiteForward) and before.previous is None)
 
 
 def groups_of(executor: Executor) -> list[Group]:
-    """The groups of a backbone that is a causal language model; learnt anew when its frozen weights have changed.
-
-    Empty where the present device holds no weights.
-    """
-    backbone = executor.backbone
-    kept = backbone.kept.get(KEPT)
-    if isinstance(kept, _Kept) and all(m.unchanged(backbone) for group in kept.groups for m in group.members):
-        return kept.groups
-    groups = [Group(members) for members in _learn(executor)]
-    if groups and worth_packing([weight for group in groups for weight in group.maps.weights], copies=2):
-        for group in groups:
-            group.maps.packs = True
-    backbone.kept[KEPT] = _Kept(groups)
-    return groups
-
-
-def group_of(executor: Executor, module: nn.Module) -> Group | None:
-    """The group that holds a module alone; None where there is none."""
-    return next((g for g in groups_of(executor) if len(g.members) == 1 and g.members[0].module is module), None)
+    """The groups of a backbone that is a causal language model, kept until its weights change (`Backbone.refresh`)."""
+    kept = executor.backbone.kept
+    if KEPT not in kept:
+        groups = [Group(members) for members in _learn(executor)]
+        if groups and worth_packing([weight for group in groups for weight in group.maps.weights], copies=2):
+            for group in groups:
+                group.maps.packs = True
+        kept[KEPT] = groups
+    found: list[Group] = kept[KEPT]
+    return found
 
 
 def _sites(backbone: Backbone) -> list[str]:
     """Linear sites whose module does nothing but its product, apart from our own stand-in."""
     found = []
     for site in backbone.sites.values():
-        if site.kind != "linear":
-            continue
         module = backbone.module_of(site.name)
-        before = module.__dict__.get("forward")
-        ours = before is None or (isinstance(before, LinearForward) and before.previous is None)
-        if ours and (type(module) is nn.Linear or site.transposed):
+        if site.kind == "linear" and is_free(module) and (type(module) is nn.Linear or site.transposed):
             found.append(site.name)
     return found
 
@@ -185,10 +160,10 @@ class Shared(ABC):
 
     def output(self, index: int, x: Tensor) -> Tensor:
         """What member `index` makes of x. An output that was handed out once is let go."""
-        stale = x is not self._seen or x._version != self._version or self._outs[index] is None
-        if stale:
+        version = -1 if x.is_inference() else x._version
+        if x is not self._seen or version != self._version or self._outs[index] is None:
             self._outs = list(self.compute(x))
-            self._seen, self._version = x, x._version
+            self._seen, self._version = x, version
         found, self._outs[index] = self._outs[index], None
         assert found is not None
         if all(out is None for out in self._outs):

@@ -20,15 +20,9 @@ from lorica.engine.attention import AttentionHub
 from lorica.engine.executor import Executor
 from lorica.engine.experts import ExpertsForward
 from lorica.engine.inputs import Entrance, leave
+from lorica.engine.linear_sites import LinearForward, RouterForward
 from lorica.engine.route import Route
-from lorica.engine.sites import (
-    ConvForward,
-    EmbeddingForward,
-    LinearForward,
-    NormForward,
-    RouterForward,
-    SiteForward,
-)
+from lorica.engine.sites import ConvForward, EmbeddingForward, NormForward, SiteForward
 
 FORWARDS: dict[str, type[SiteForward]] = {
     "linear": LinearForward,

@@ -21,7 +21,7 @@ from lorica.core.errors import MergeError, RouteError, did_you_mean
 from lorica.engine.attention import AttentionHub
 from lorica.engine.executor import Executor
 from lorica.engine.hooks import Hooks
-from lorica.engine.route import Route, Stack
+from lorica.engine.route import Numbers, Route, Stack
 from lorica.methods.base import Method
 from lorica.models.backbone import Backbone, wrap
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from lorica.adapters.merge import Merge, MergeReport
 
 TargetSpec = Targets | str | Sequence[str] | Mapping[str, Any] | None
-RowSpec = str | None | Sequence[str]
+RowSpec = str | Adapter | None | Sequence[str | Adapter]
+"""Whose row it is: an adapter by name or itself, a stack of them, innermost first, or None for the base."""
 
 
 def attach(
@@ -154,10 +155,20 @@ class Host:
     def _stack(self, names: RowSpec) -> Stack:
         if names is None:
             return ()
-        wanted = (names,) if isinstance(names, str) else tuple(names)
-        if len(set(wanted)) != len(wanted):
-            raise RouteError(f"A stack names an adapter twice: {', '.join(wanted)}.")
-        return tuple(self.adapter(name) for name in wanted)
+        wanted = [names] if isinstance(names, str | Adapter) else list(names)
+        stack = tuple(self._resident(name) for name in wanted)
+        if len(set(stack)) != len(stack):
+            raise RouteError(f"A stack names an adapter twice: {', '.join(a.name for a in stack)}.")
+        return stack
+
+    def _resident(self, which: str | Adapter) -> Adapter:
+        if isinstance(which, str):
+            return self.adapter(which)
+        if self.adapters.get(which.name) is not which:
+            raise RouteError(
+                f"The adapter {which.name!r} of this row was deleted; another one of that name is another one."
+            )
+        return which
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -167,16 +178,28 @@ class Host:
             yield
 
     @contextmanager
-    def rows(self, names: Sequence[RowSpec], *, lengths: Sequence[int] | None = None) -> Iterator[None]:
+    def rows(
+        self,
+        names: Sequence[RowSpec],
+        *,
+        lengths: Sequence[int] | None = None,
+        counts: Mapping[Adapter, int] | None = None,
+        numbers: Sequence[Numbers] | None = None,
+    ) -> Iterator[None]:
         """Inside, row i of the batch uses adapter `names[i]` (None is the base; a list is a stack).
 
-        With `lengths`, rows are packed end to end into one sequence. Raises RouteError for unknown names, and in the
+        With `lengths`, rows are packed end to end into one sequence. `counts` and `numbers` are a `Route`'s, where the
+        batch is a part of what one call computes. Raises RouteError for unknown names and deleted adapters, and in the
         forward pass when the batch has another number of rows.
         """
         if lengths is not None:
             self.attention_hub()
-        with self._routed(Route([self._stack(entry) for entry in names], lengths=lengths)):
+        with self._routed(Route(self.stacks(names), lengths=lengths, counts=counts, numbers=numbers)):
             yield
+
+    def stacks(self, names: Sequence[RowSpec]) -> list[Stack]:
+        """The stack of each row. Raises RouteError for unknown names and deleted adapters."""
+        return [self._stack(entry) for entry in names]
 
     @contextmanager
     def _routed(self, route: Route | None) -> Iterator[None]:
@@ -201,7 +224,7 @@ class Host:
         """Inside, the present pass's packed rows have these lengths (soft prompts stand before them)."""
         before = self.executor.route
         assert before is not None
-        self.executor.route = Route(before.stacks, lengths=lengths, counts=before.counts)
+        self.executor.route = before.with_lengths(lengths)
         try:
             yield
         finally:
@@ -221,9 +244,10 @@ class Host:
         """This backbone's attention function, which keeps packed sequences apart; installed on first use."""
         return self._hooks.attention_hub()
 
-    def covers_head(self) -> bool:
-        """Whether some adapter acts on the output embedding, so that logits must go through its hooks."""
-        return any(forward.module is self.backbone.head for forward in self._hooks.forwards.values())
+    def adapts_head(self) -> bool:
+        """Whether some adapter of the present rows acts on the output embedding."""
+        route, head = self.executor.live_route(), self.backbone.head_site
+        return route is not None and head is not None and route.touches(head)
 
     def train(self, mode: bool = True) -> Host:
         """Training mode: adapters' dropout acts. The backbone's own dropout acts too, as in any torch module."""
@@ -271,11 +295,12 @@ class Host:
         stack, self._merge = self._merge.stack, None
         self._hooks.route(Route([stack], uniform=True))
 
-    def save(self, path: str | Path, name: str | None = None) -> Path:
+    def save(self, path: str | Path, name: str | Adapter | None = None) -> Path:
         """Write one adapter as a folder that PEFT reads, where PEFT has the method."""
         from lorica.adapters import files
 
-        return files.save_adapter(self.adapter(name), self.backbone, Path(path))
+        adapter = self._resident(name) if isinstance(name, Adapter) else self.adapter(name)
+        return files.save_adapter(adapter, self.backbone, Path(path))
 
     def load(self, path: str | Path, name: str = "default") -> Adapter:
         """Read an adapter folder (ours or PEFT's) and make it resident. Raises FormatError, MismatchError."""

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lorica.core.update import LinearUpdate
 from lorica.engine.blocks import Block, Term, blocks_of
@@ -150,10 +151,11 @@ class _AdaptedLinear(torch.autograd.Function):
         y_NO = base.forward(x_in)
         low_NO = y_NO.to(compute)  # y itself, written in place, where the dtypes agree
         x_low = x_NI.to(compute) if plans else x_NI
-        blocks = blocks_of([(p.rows, p.terms, p.dropout) for p in plans], x_NI.shape[0], tensors)
-        hidden = [block.add(x_low, low_NO, tensors) for block in blocks]
-        kept = [h if block.keeps else None for block, h in zip(blocks, hidden, strict=True)]
-        kept += [_rest(plan, x_in, low_NO, tensors, base) for plan in plans]
+        with _as_it_is(x_NI):
+            blocks = blocks_of([(p.rows, p.terms, p.dropout) for p in plans], x_NI.shape[0], tensors)
+            hidden = [block.add(x_low, low_NO, tensors) for block in blocks]
+            kept = [h if block.keeps else None for block, h in zip(blocks, hidden, strict=True)]
+            kept += [_rest(plan, x_in, low_NO, tensors, base) for plan in plans]
         # without an update nothing of x is needed, but for the gradient of what it is made of
         saved = sources if plans or make is not None else ()
         ctx.save_for_backward(*saved, *tensors, *kept)
@@ -162,6 +164,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return low_NO.to(y_NO.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         count, number = ctx.counts
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
@@ -170,7 +173,8 @@ class _AdaptedLinear(torch.autograd.Function):
         head = len(ctx.needs_input_grad) - number
         x_NI = (sources[0] if sources else None) if made is None else made.detach()
         back = _Backward(ctx, x_NI, tensors, grads[0].contiguous(), ctx.needs_input_grad[head:])
-        dx_NI = back.run(saved[count + number :], wants_x=any(ctx.needs_input_grad[5:head]))
+        with _as_it_is(grads[0]):
+            dx_NI = back.run(saved[count + number :], wants_x=any(ctx.needs_input_grad[5:head]))
         dtensors = [None if g is None else g.to(t.dtype) for g, t in zip(back.grads, tensors, strict=True)]
         dsources: tuple[Tensor | None, ...] = (dx_NI,)
         if dx_NI is None:
@@ -178,6 +182,11 @@ class _AdaptedLinear(torch.autograd.Function):
         elif made is not None:
             dsources = torch.autograd.grad(made, leaves, dx_NI)
         return (*(None,) * 5, *dsources, *dtensors)
+
+
+def _as_it_is(x: Tensor) -> torch.autocast:
+    """Inside, autocast changes no dtype: the node has chosen them."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _made_again(make: Make | None, sources: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:

@@ -33,6 +33,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    dropout: float = 0.0,
     **_: Any,
 ) -> Tensor:
     """`softmax(q kᵀ · scaling) v` within each sequence. Returns [1, N, heads, head dim].
@@ -50,11 +51,12 @@ def packed_attention(
     for bucket in found.buckets:
         q, k, v = (bucket.spread(x) for x in (q_NHK, k_NGK, v_NGK))
         own = [prefix for prefix in (prefixes[row] for row in bucket.rows) if prefix is not None]
-        if not own and causal and softcap is None and s_aux is None and worth_it(q, bucket.width):
+        plain = not own and causal and softcap is None and s_aux is None and not dropout
+        if plain and worth_it(q, bucket.width):
             y_STHK = short_attention(q, k, v, scale, sliding_window)
         else:
             mask = _mask(bucket.width, own, causal, sliding_window, q.device)
-            y_STHK = _attention(q, k, v, own, scale, mask, softcap, s_aux)
+            y_STHK = _attention(q, k, v, own, scale, mask, softcap, s_aux, dropout)
         pieces.append(bucket.gather(y_STHK))
     return found.join(pieces)[None]
 
@@ -68,6 +70,7 @@ def _attention(
     mask: Tensor | bool,
     softcap: float | None,
     s_aux: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     """Attention of equally long sequences behind their prefixes, [S, T, H, K]. A mask of True is torch's causal one."""
     q_SHTK, k_SGTK, v_SGTK = (x.transpose(1, 2) for x in (q_STHK, k_STGK, v_STGK))
@@ -77,9 +80,11 @@ def _attention(
     repeats = q_SHTK.shape[1] // k_SGTK.shape[1]
     k_SHTK, v_SHTK = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_SGTK, v_SGTK))
     if softcap is not None or s_aux is not None:
-        return _unusual(q_SHTK, k_SHTK, v_SHTK, scale, mask, softcap, s_aux).transpose(1, 2)
+        return _unusual(q_SHTK, k_SHTK, v_SHTK, scale, mask, softcap, s_aux, dropout).transpose(1, 2)
     seen, causal = (None, mask) if isinstance(mask, bool) else (mask, False)
-    y_SHTK = F.scaled_dot_product_attention(q_SHTK, k_SHTK, v_SHTK, attn_mask=seen, is_causal=causal, scale=scale)
+    y_SHTK = F.scaled_dot_product_attention(
+        q_SHTK, k_SHTK, v_SHTK, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale
+    )
     return y_SHTK.transpose(1, 2)
 
 
@@ -91,6 +96,7 @@ def _unusual(
     mask: Tensor | bool,
     softcap: float | None,
     s_aux: Tensor | None,
+    dropout: float,
 ) -> Tensor:
     """What no fused kernel has: capped scores, and a sink in the softmax."""
     scores_SHTT = (q_SHTK @ k_SHTK.mT) * scale
@@ -104,7 +110,8 @@ def _unusual(
         sink_SHT1 = s_aux.to(scores_SHTT.dtype).view(1, -1, 1, 1).expand(*scores_SHTT.shape[:3], 1)
         scores_SHTT = torch.cat([scores_SHTT, sink_SHT1], dim=-1)
     weights = torch.softmax(scores_SHTT, -1, dtype=torch.promote_types(scores_SHTT.dtype, torch.float32))
-    return weights[..., : k_SHTK.shape[2]].to(v_SHTK.dtype) @ v_SHTK
+    weights = F.dropout(weights[..., : k_SHTK.shape[2]], dropout, dropout > 0)
+    return weights.to(v_SHTK.dtype) @ v_SHTK
 
 
 def _stacked(prefixes: Sequence[tuple[Tensor, Tensor]], part: int) -> Tensor:

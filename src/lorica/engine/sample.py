@@ -7,25 +7,29 @@ Prompts run through the engine's own packed pass, so no padding is computed and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from lorica.core.errors import DataError
-from lorica.core.update import SoftPrompt
-from lorica.data.packing import Packed
+from lorica.core.errors import DataError, LoricaError
+from lorica.data.packing import end_to_end
+from lorica.engine.abilities import FAILURES, close, probe_row
 from lorica.engine.attention import without_mask
+from lorica.engine.checks import check_tokens
 from lorica.engine.decode import stepwise_linears
-from lorica.engine.engine import Engine
 from lorica.engine.host import Host, RowSpec
 from lorica.engine.kv_cache import KVCache
+from lorica.engine.route import Stack
+from lorica.engine.trunk import Trunk
+from lorica.models.positions import context, uniform_positions
 from lorica.sampling.logits import generators, pick
 from lorica.sampling.params import SamplingParams
 
+KEPT = "steps"
 PROMPT_BUDGET = 8192
 """Most prompt tokens of one packed pass; a longer prompt runs alone."""
 THIN = 0.75
@@ -47,7 +51,7 @@ class _Row:
 
     index: int
     prompt: Sequence[int]
-    adapter: RowSpec
+    stack: Stack
     rng: torch.Generator
     prefix: int = 0
     total: int = 0
@@ -67,7 +71,8 @@ def generate(
 ) -> list[Sample]:
     """One sample for each (prompt, adapter), in their order.
 
-    A row's tokens do not depend on the other rows, up to the rounding of joint products.
+    A row's tokens do not depend on the other rows, up to the rounding of joint products. Where a backbone cannot take
+    tokens one by one, every token costs a pass over its whole row.
 
     Args:
         rows: prompts of at least one token, each with an adapter's name, a stack of names, or None for the base.
@@ -78,133 +83,122 @@ def generate(
     """
     if seeds is not None and len(seeds) != len(rows):
         raise DataError(f"There are {len(rows)} prompts and {len(seeds)} seeds; each prompt needs one.")
-    engine = Engine(host)
-    _check_prompts(host, [prompt for prompt, _ in rows])
+    trunk = Trunk(host)
+    names = [f"Prompt {index}" for index in range(len(rows))]
+    empty = next((name for name, (prompt, _) in zip(names, rows, strict=True) if not prompt), None)
+    if empty is not None:
+        raise DataError(f"{empty} is empty; a model needs at least one token to go on from.")
+    check_tokens(host.backbone, [prompt for prompt, _ in rows], names)
     if not rows:
         return []
+    stacks = host.stacks([spec for _, spec in rows])
     rngs = generators(len(rows), params) if seeds is None else [generators(1, params, seed)[0] for seed in seeds]
-    batch = [_Row(i, prompt, spec, rng) for i, ((prompt, spec), rng) in enumerate(zip(rows, rngs, strict=True))]
+    given = zip(rows, stacks, rngs, strict=True)
+    batch = [_Row(i, prompt, stack, rng) for i, ((prompt, _), stack, rng) in enumerate(given)]
     # neighbours of one adapter share its product
-    order: dict[str, int] = {}
-    batch.sort(key=lambda row: order.setdefault(repr(row.adapter), len(order)))
-    with _serving(host):
-        _measure(host, batch, params)
-        _Generation(engine, batch, params).run()
+    order: dict[Stack, int] = {}
+    batch.sort(key=lambda row: order.setdefault(row.stack, len(order)))
+    with _serving(trunk):
+        _measure(trunk, batch, params)
+        limit = uniform_positions(host.model)
+        short = limit is None or max(row.total for row in batch) + params.max_tokens - 1 <= limit
+        loop = _Steps if short and steps(trunk) else _Passes
+        loop(trunk, batch, params).run()
     batch.sort(key=lambda row: row.index)
     return [Sample(tuple(row.tokens), tuple(row.logprobs), row.stopped) for row in batch]
 
 
-def _check_prompts(host: Host, prompts: Sequence[Sequence[int]]) -> None:
-    tokens = host.backbone.weight("input").matrix().shape[1]
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"Prompt {index} is empty; a model needs at least one token to go on from.")
-        wrong = next((token for token in prompt if not 0 <= token < tokens), None)
-        if wrong is not None:
-            raise DataError(f"Prompt {index} has token id {wrong}; this model's ids are 0 to {tokens - 1}.")
+def steps(trunk: Trunk) -> bool:
+    """Whether a token fed behind kept keys gives what it gives in a packed pass; asked once for the frozen weights.
+
+    Raises MethodError for a backbone that cannot run packed passes at all.
+    """
+    if not trunk.packs():
+        return False
+    kept = trunk.backbone.kept
+    if KEPT not in kept:
+        row = probe_row(trunk.backbone)
+        batch = [_Row(0, row[:2], (), torch.Generator(), total=2)]
+        try:
+            with trunk.modes(training=False):
+                fed = _Steps(trunk, batch, SamplingParams(max_tokens=len(row))).force(row[2:])
+                kept[KEPT] = close(fed, trunk.alone(row)[2:])
+        except (LoricaError, *FAILURES):
+            kept[KEPT] = False
+    return bool(kept[KEPT])
 
 
 @contextmanager
-def _serving(host: Host) -> Iterator[None]:
+def _serving(trunk: Trunk) -> Iterator[None]:
     """Eval mode; every update is lowered once, for no adapter changes while rows are sampled."""
-    was_training = host.model.training
-    host.eval()
-    host.executor.memo = {}
-    try:
-        yield
-    finally:
-        host.executor.memo = None
-        host.train(was_training)
+    executor = trunk.host.executor
+    trunk.backbone.refresh()
+    with trunk.modes(training=False):
+        executor.memo = {}
+        try:
+            yield
+        finally:
+            executor.memo = None
 
 
-def _measure(host: Host, batch: list[_Row], params: SamplingParams) -> None:
+def _measure(trunk: Trunk, batch: list[_Row], params: SamplingParams) -> None:
     """Count each row's virtual and real positions. Raises DataError where they do not fit into the model."""
-    most = getattr(getattr(host.model, "config", None), "max_position_embeddings", None)
-    site = host.backbone.sites.get("input")
-    with host.rows([row.adapter for row in batch]):
-        prefixes = host.attention_hub().prefix_lengths(len(batch))
-        soft = [0] * len(batch)
-        for item in host.executor.work_for_rows(site, len(batch)) if site is not None else []:
-            soft[item.start] = sum(u.embeddings_PD.shape[0] for u in item.updates if isinstance(u, SoftPrompt))
-    for row, prefix, extra in zip(batch, prefixes, soft, strict=True):
-        row.prefix, row.total = prefix, prefix + extra + len(row.prompt)
-        if most is not None and row.total + params.max_tokens > most:
-            virtual = f" and {prefix + extra} virtual tokens" if prefix + extra else ""
+    most = context(trunk.host.model)
+    for row, (soft, prefix) in zip(batch, trunk.virtual([row.stack for row in batch]), strict=True):
+        row.prefix, row.total = prefix, prefix + soft + len(row.prompt)
+        needed = row.total + params.max_tokens - 1  # the last token is not fed
+        if most is not None and needed > most:
+            virtual = f" and {prefix + soft} virtual tokens" if prefix + soft else ""
             raise DataError(
                 f"Prompt {row.index} has {len(row.prompt)} tokens{virtual}, and {params.max_tokens} are to be sampled: "
-                f"{row.total + params.max_tokens} positions, but this model has {most}.",
-                hint=f"Shorten the prompt, or set max_tokens to at most {most - row.total}."
-                if row.total < most
+                f"{needed} positions, but this model has {most}.",
+                hint=f"Shorten the prompt, or set max_tokens to at most {most - row.total + 1}."
+                if row.total <= most
                 else "Shorten the prompt.",
             )
 
 
-class _Generation:
-    """The rows of one call, their cache, and the loop over steps."""
+class _Loop(ABC):
+    """The rows of one call, and the loop over their tokens."""
 
-    def __init__(self, engine: Engine, batch: list[_Row], params: SamplingParams) -> None:
-        self.engine, self.host, self.params = engine, engine.host, params
+    def __init__(self, trunk: Trunk, batch: list[_Row], params: SamplingParams) -> None:
+        self.trunk, self.host, self.params = trunk, trunk.host, params
         self.batch = batch
         self.stops = frozenset(params.stop_ids)
-        self.device = self.host.backbone.device
-        limit = max(row.total for row in batch) + params.max_tokens - 1
-        self.cache = KVCache([row.total for row in batch], [row.prefix for row in batch], limit, self.device)
+        self.device = trunk.backbone.device
 
+    @abstractmethod
     def run(self) -> None:
         """Fill in every row's sample."""
-        hub = self.engine.hub
-        hub.cache = self.cache
-        try:
-            hidden_RD: Tensor | None = self._prompts()
-            while self.batch:
-                with self.host.rows([row.adapter for row in self.batch]), stepwise_linears(self.host.executor):
-                    self.host.begin()
-                    self._until_thinner(hidden_RD)
-                hidden_RD = None
-                kept = [i for i, row in enumerate(self.batch) if not row.done]
-                if kept:
-                    self.cache.keep(kept)
-                self.batch = [self.batch[i] for i in kept]
-        finally:
-            hub.cache = None
 
-    def _prompts(self) -> Tensor:
-        """Run all prompts, in passes of bounded length. Returns the last hidden state of each row."""
+    def passes(self, chunks: Sequence[Sequence[int]], *, before: Callable[[Sequence[int]], None]) -> Tensor:
+        """The last hidden state of each row, from packed passes over prompts and what was sampled."""
         last: list[Tensor] = []
-        for chunk in self._chunks():
-            self.cache.filling = chunk
+        for chunk in chunks:
+            before(chunk)
             rows = [self.batch[i] for i in chunk]
-            lengths = [len(row.prompt) for row in rows]
-            with self.host.rows([row.adapter for row in rows], lengths=lengths):
-                hidden_ND = self.engine.hidden(_packed([row.prompt for row in rows]))
+            tokens = [[*row.prompt, *row.tokens] for row in rows]
+            lengths = [len(own) for own in tokens]
+            with self.host.rows([row.stack for row in rows], lengths=lengths):
+                hidden_ND = self.trunk.hidden(end_to_end(tokens))
             last.append(hidden_ND[torch.tensor(lengths, device=self.device).cumsum(0) - 1])
         return torch.cat(last)
 
-    def _chunks(self) -> list[list[int]]:
-        chunks: list[list[int]] = []
+    def chunks(self) -> list[list[int]]:
+        """Rows whose prompts share a pass of bounded length."""
+        found: list[list[int]] = []
         room = 0
         for index, row in enumerate(self.batch):
-            if not chunks or row.total > room:
-                chunks.append([])
+            if not found or row.total > room:
+                found.append([])
                 room = PROMPT_BUDGET
-            chunks[-1].append(index)
+            found[-1].append(index)
             room -= row.total
-        return chunks
+        return found
 
-    def _until_thinner(self, hidden_RD: Tensor | None) -> None:
-        """Sample tokens until so many rows are finished that the rest are better off alone."""
-        while True:
-            if hidden_RD is None:
-                hidden_RD = self._feed()
-            self._take(hidden_RD)
-            live = sum(not row.done for row in self.batch)
-            if live <= THIN * len(self.batch):
-                return
-            hidden_RD = None
-
-    def _take(self, hidden_RD: Tensor) -> None:
-        """The next token of each row. Finished rows that are still in the batch draw nothing."""
-        backbone = self.host.backbone
+    def take(self, hidden_RD: Tensor) -> None:
+        """The next token of each row. Finished rows that are still in the batch take nothing."""
+        backbone = self.trunk.backbone
         assert backbone.head is not None
         logits_RV = backbone.logits_transform(backbone.head(hidden_RD))
         chosen_R, logprob_R = pick(logits_RV, self.params, [row.rng for row in self.batch])
@@ -216,9 +210,81 @@ class _Generation:
             row.stopped = token in self.stops
             row.done = row.stopped or len(row.tokens) == self.params.max_tokens
 
+
+class _Passes(_Loop):
+    """A pass over the whole row for each token: for backbones that keep more than keys and values, row by row."""
+
+    def run(self) -> None:
+        while self.batch:
+            hidden_RD = self.passes([[i] for i in range(len(self.batch))], before=lambda chunk: None)
+            with self.host.rows([row.stack for row in self.batch]):
+                self.host.begin()
+                self.take(hidden_RD)
+            self.batch = [row for row in self.batch if not row.done]
+
+
+class _Steps(_Loop):
+    """Prompts once, then one token of every unfinished row at each step, behind kept keys and values."""
+
+    def __init__(self, trunk: Trunk, batch: list[_Row], params: SamplingParams) -> None:
+        super().__init__(trunk, batch, params)
+        limit = max(row.total for row in batch) + params.max_tokens - 1
+        self.cache = KVCache([row.total for row in batch], [row.prefix for row in batch], limit, self.device)
+
+    def run(self) -> None:
+        with self._caching():
+            hidden_RD: Tensor | None = self._prompts()
+            while self.batch:
+                with self.host.rows([row.stack for row in self.batch]), stepwise_linears(self.host.executor):
+                    self.host.begin()
+                    self._until_thinner(hidden_RD)
+                hidden_RD = None
+                kept = [i for i, row in enumerate(self.batch) if not row.done]
+                if kept:
+                    self.cache.keep(kept)
+                self.batch = [self.batch[i] for i in kept]
+
+    def force(self, tokens: Sequence[int]) -> Tensor:
+        """Feed given tokens to the only row. Returns the hidden states [tokens, width] that each led to."""
+        with self._caching():
+            self._prompts()
+            found = []
+            with self.host.rows([row.stack for row in self.batch]), stepwise_linears(self.host.executor):
+                self.host.begin()
+                for token in tokens:
+                    self.batch[0].tokens.append(token)
+                    found.append(self._feed())
+        return torch.cat(found)
+
+    @contextmanager
+    def _caching(self) -> Iterator[None]:
+        hub = self.trunk.hub
+        before, hub.cache = hub.cache, self.cache
+        try:
+            yield
+        finally:
+            hub.cache = before
+
+    def _prompts(self) -> Tensor:
+        def fill(chunk: Sequence[int]) -> None:
+            self.cache.filling = list(chunk)
+
+        return self.passes(self.chunks(), before=fill)
+
+    def _until_thinner(self, hidden_RD: Tensor | None) -> None:
+        """Sample tokens until so many rows are finished that the rest are better off alone."""
+        while True:
+            if hidden_RD is None:
+                hidden_RD = self._feed()
+            self.take(hidden_RD)
+            live = sum(not row.done for row in self.batch)
+            if live <= THIN * len(self.batch):
+                return
+            hidden_RD = None
+
     def _feed(self) -> Tensor:
         """Feed each row's last token. Returns the hidden states [rows, width]."""
-        trunk = self.host.backbone.trunk
+        trunk = self.trunk.backbone.trunk
         assert trunk is not None
         self.cache.advance()
         ids_R1 = torch.tensor([[row.tokens[-1]] for row in self.batch], device=self.device)
@@ -231,14 +297,3 @@ class _Generation:
                 use_cache=False,
             )[0]
         return hidden_R1D[:, 0]
-
-
-def _packed(prompts: Sequence[Sequence[int]]) -> Packed:
-    """Prompts end to end; nothing is asked of them."""
-    lengths = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-    tokens = np.concatenate([np.array(prompt, dtype=np.int64) for prompt in prompts])
-    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-    nothing = np.zeros(len(tokens), dtype=np.int64)
-    return Packed(
-        tokens, nothing, nothing.astype(np.float32), positions, lengths, np.zeros(len(prompts), dtype=np.int64)
-    )

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 LONGEST = 256
 """Above this width torch's flash kernel is the faster one."""
@@ -44,6 +45,7 @@ class _ShortAttention(torch.autograd.Function):
         return _by_token(y, q_STHK)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         tokens = ctx.saved_tensors
         scale, window = ctx.settings
@@ -83,7 +85,8 @@ def _spans(q: Tensor, k: Tensor) -> Iterator[slice]:
 def _weights(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
     """The attention probabilities [S · G, R · T, T]."""
     mask_QT = _mask(k.shape[1], q.shape[1] // k.shape[1], window)
-    return torch.softmax(torch.baddbmm(mask_QT[None], q.float(), k.float().mT, alpha=scale), -1)
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.softmax(torch.baddbmm(mask_QT[None], q.float(), k.float().mT, alpha=scale), -1)
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,4 +1,4 @@
-"""How an update acts at each kind of site that holds a weight: linear, expert, embedding, convolution, norm.
+"""What stands in for a module's forward, and how an update acts at embeddings, convolutions and norms.
 
 In: a module, its site, the executor. Out: callables that stand in for the module's forward on that one instance.
 Where no adapter acts, the module's own forward runs and its output is returned untouched, bit for bit.
@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate
-from lorica.engine.equation import Dropout, on_top
+from lorica.engine.equation import Dropout
 from lorica.engine.executor import Executor, Work
-from lorica.engine.linear import Base, Part, adapted_linear
 
 
 class SiteForward(ABC):
@@ -64,102 +62,11 @@ def amp(x: Tensor) -> Tensor:
     return x
 
 
-def stacked_linear(x_NI: Tensor, base: Base, work: list[Work], compute: torch.dtype | None) -> Tensor:
-    """Innermost updates in one node with the base product; further ones of stacked rows on top, segment by segment."""
-    tall = [item for item in work if len(item.updates) > 1]
-    x_low = x_NI
-    for item in tall:
-        # in_scales of the upper updates act on x before the lower map sees it
-        for level in range(len(item.updates) - 1, 0, -1):
-            scale_I = item.linear(level).in_scale_I
-            if scale_I is not None:
-                mask = torch.ones_like(x_low)
-                mask[item.start : item.stop] = scale_I.to(x_low.dtype)
-                x_low = x_low * mask
-    parts = [Part(item.start, item.stop, item.linear(0), item.dropouts[0]) for item in work]
-    y_NO = adapted_linear(x_low, base, parts, compute)
-    if not tall:
-        return y_NO
-    pieces, done = [], 0
-    for item in tall:
-        pieces += [
-            y_NO[done : item.start],
-            _upper(x_NI[item.start : item.stop], y_NO[item.start : item.stop], base, item),
-        ]
-        done = item.stop
-    return torch.cat([*pieces, y_NO[done:]])
-
-
-def _upper(x_NI: Tensor, y_NO: Tensor, base: Base, item: Work) -> Tensor:
-    """Levels 1 and up of one segment."""
-    inputs, levels = [x_NI], range(len(item.updates) - 1, 0, -1)
-    for level in levels:
-        scale_I = item.linear(level).in_scale_I
-        inputs.append(inputs[-1] if scale_I is None else inputs[-1] * scale_I.to(x_NI.dtype))
-    bias_O = item.linear(0).effective_bias(base.bias)
-    for level in reversed(levels):
-        update = item.linear(level)
-        x_seen = inputs[len(item.updates) - 1 - level]
-        y_NO = on_top(x_seen, y_NO, None if bias_O is None else bias_O.to(y_NO.dtype), update, item.dropouts[level])
-        bias_O = update.effective_bias(bias_O)
-    return y_NO
-
-
-class LinearForward(SiteForward):
-    """`nn.Linear` and Conv1D."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        x = amp(x)
-        leading = x.numel() // x.shape[-1]
-        work = self.executor.work(self.site, leading)
-        if not work:
-            return cast(Tensor, self.inner(x))
-        self.executor.check_rows(x.shape)
-        y_NO = stacked_linear(x.reshape(leading, -1), self.base(), work, self.executor.compute)
-        return y_NO.view(*x.shape[:-1], -1)
-
-    def base(self) -> Base:
-        weight_OI = self.executor.backbone.weight(self.site.name).matrix()
-        return Base(self.inner, lambda dy_NO: dy_NO @ weight_OI.to(dy_NO.dtype), self.bias())
-
-
-class _Products(TorchFunctionMode):
-    """Inside, `F.linear` with one weight is another function of its input."""
-
-    def __init__(self, weight: Tensor, product: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.weight, self.product = weight, product
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.linear and len(args) > 1 and args[1] is self.weight:
-            return self.product(args[0])
-        return func(*args, **(kwargs or {}))
-
-
-class RouterForward(SiteForward):
-    """A router of experts: its own forward, in which the product with its weight is the adapted one."""
-
-    def __call__(self, x: Tensor) -> Any:
-        if not self.executor.work(self.site, x.numel() // x.shape[-1]):
-            return self.inner(x)
-        weight = cast(Tensor, self.module.weight)
-        with _Products(weight, self._product):
-            return self.inner(x)
-
-    def _product(self, x: Tensor) -> Tensor:
-        x, leading = amp(x), x.numel() // x.shape[-1]
-        work = self.executor.work(self.site, leading)
-        weight_OI, bias_O = self.executor.backbone.weight(self.site.name).matrix(), self.bias()
-        base = Base(lambda x: F.linear(x, weight_OI, bias_O), lambda dy: dy @ weight_OI.to(dy.dtype), bias_O)
-        return stacked_linear(x.reshape(leading, -1), base, work, self.executor.compute).view(*x.shape[:-1], -1)
-
-
 class EmbeddingForward(SiteForward):
     """`nn.Embedding`, as a linear map of one-hot tokens, times the module's own output scale."""
 
-    def __call__(self, ids: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
+        ids = input
         rows = self.executor.rows()
         if rows is not None and ids.ndim > 1 and ids.shape[0] == 1:
             ids = ids.expand(rows, *ids.shape[1:])  # positions that all rows share, looked up by each row's own adapter
@@ -197,7 +104,8 @@ class EmbeddingForward(SiteForward):
 class NormForward(SiteForward):
     """LayerNorm, RMSNorm and the like: the module itself, run with the adapted weight and bias."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # norms call their one argument by many names
         if self.plain:
             return cast(Tensor, type(self.module).forward(self.module, x))
         width = self.site.shape[0]
@@ -247,7 +155,8 @@ class NormForward(SiteForward):
 class ConvForward(SiteForward):
     """`nn.Conv1d/2d/3d`: A is a convolution with the base's own geometry, B a 1×1 convolution."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, input: Tensor) -> Tensor:
+        x = input
         if x.ndim == len(self.site.shape) - 1:  # torch's form without a batch axis
             return self(x[None])[0]
         work = self.executor.work(self.site, x.shape[0])

@@ -75,8 +75,9 @@ class Backbone:
         module: the network; every parameter has `requires_grad` off, and it is in eval mode.
         name: what it was loaded as. family: transformers' model type (`llama`), or `custom`.
         sites: every place where a method can act, the input first and then in module-tree order.
-        trunk: for a causal language model, the module that maps ids to final hidden states; else None.
-        head: for a causal language model, the output embedding; `logits_transform(head(trunk(ids)[0]))` are its logits.
+        trunk: for a causal language model, the module that maps ids to final hidden states; else None, also for one
+            whose logits come about in a way of its own.
+        head: its output embedding; `logits_transform(head(trunk(ids)[0]))` are the logits. head_site: its site's name.
         is_causal_lm: whether it predicts the next token.
         kept: what others computed from the weights, by a name of theirs; emptied by `invalidate`.
     """
@@ -92,12 +93,14 @@ class Backbone:
         self.is_causal_lm = parts is not None
         self.trunk: nn.Module | None = parts.trunk if parts else None
         self.head: nn.Linear | None = parts.head if parts else None
+        self.head_site = next((n for n, p in self.places.items() if p.module is self.head), None) if self.head else None
         self._transform = parts.transform if parts else None
         self._weights: dict[str, FrozenWeight] = {}
         self._make_tokenizer = tokenizer
         self._tokenizer: Any | None = None
         self._fingerprint: str | None = None
         self.kept: dict[str, Any] = {}
+        self._stamp: tuple[Any, ...] | None = None
 
     @property
     def tokenizer(self) -> Any | None:
@@ -149,6 +152,17 @@ class Backbone:
             weight.forget()
         self._fingerprint = None
         self.kept.clear()
+
+    def refresh(self) -> None:
+        """Forget what was computed from weights if one was written, moved or replaced since this was called last."""
+        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.module.parameters())
+        if stamp != self._stamp and self._stamp is not None:
+            self.invalidate()
+        self._stamp = stamp
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has weights and modules of its own, so it starts without what was computed from these."""
+        return {**self.__dict__, "kept": {}, "_stamp": None, "_weights": {}}
 
     @property
     def transforms_logits(self) -> bool:

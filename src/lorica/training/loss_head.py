@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 2**24
@@ -23,30 +24,31 @@ ROWS = (32, 512)
 Product = Callable[[Tensor], Tensor]
 
 
+def weighted(logprobs_N: Tensor, weights_N: Tensor) -> Tensor:
+    """`w ⊙ log p`, zero where the weight is: a token that does not count may be impossible."""
+    return (logprobs_N * weights_N.to(logprobs_N.dtype)).masked_fill(weights_N == 0, 0.0)
+
+
 def linear_cross_entropy(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    forward: Product,
+    back: Product,
+    vocabulary: int,
     targets_N: Tensor,
     weights_N: Tensor,
     *,
-    forward: Product | None = None,
-    back: Product | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`loss = Σ_i w_i (logsumexp_v(W h_i) − (W h_i)[t_i])` for a frozen head, in nats.
+    """`loss = Σ_i w_i (logsumexp_v(z_i) − z_i[t_i])` in nats, for logits `z = forward(h) = h Wᵀ + b` of a frozen head.
 
-    Returns (loss, log-probabilities [N] in float32, detached). The gradient with respect to `hidden` is made in the
-    forward pass, so that logits of at most `chunk` rows ever exist; without `chunk`, as many as `CHUNK_BYTES` hold.
-    `forward` and `back` stand in for the products `h Wᵀ` and `d W` (a weight laid out for the CPU's kernels).
+    Returns (loss, log-probabilities [N] in float32, detached). `back(d) = d W`. The gradient with respect to `hidden`
+    is made in the forward pass, so that logits of at most `chunk` rows ever exist; without `chunk`, about as many as
+    `CHUNK_BYTES` hold.
     """
-    rows = chunk or chunk_rows(weight_VD.shape[0], hidden_ND.element_size())
+    rows = chunk or chunk_rows(vocabulary, hidden_ND.element_size())
+    wants_gradient = torch.is_grad_enabled() and hidden_ND.requires_grad
     loss, logprobs_N = cast(Any, _LinearCrossEntropy).apply(
-        hidden_ND,
-        targets_N,
-        weights_N,
-        forward or (lambda h: h @ weight_VD.T),
-        (back or (lambda d: d @ weight_VD)) if torch.is_grad_enabled() and hidden_ND.requires_grad else None,
-        rows,
+        hidden_ND, targets_N, weights_N, forward, back if wants_gradient else None, rows
     )
     return loss, logprobs_N
 
@@ -87,13 +89,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 p_CV = p_buffer[: logits_CV.shape[0]].copy_(logp_CV.exp_())
                 # p − 1 of the target apart: p itself may be rounded to 1
                 p_CV.scatter_(1, target_C1, logp_C1.expm1().to(p_CV.dtype))
-                torch.mul(back(p_CV), weights_N[span, None], out=dhidden_ND[span])
+                own_CD = torch.mul(back(p_CV), weights_N[span, None], out=dhidden_ND[span])
+                own_CD.masked_fill_(weights_N[span, None] == 0, 0.0)
         if dhidden_ND is not None:
             ctx.save_for_backward(dhidden_ND)
         ctx.mark_non_differentiable(logprobs_N)
-        return -(logprobs_N * weights_N.to(wide)).sum(), logprobs_N
+        return -weighted(logprobs_N, weights_N).sum(), logprobs_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden_ND,) = ctx.saved_tensors
         return dhidden_ND * grads[0].to(dhidden_ND.dtype), None, None, None, None, None
@@ -117,7 +121,7 @@ def chunked_cross_entropy(
         for s in range(0, hidden_ND.shape[0], chunk)
     ]
     logprobs_N = torch.cat(pieces)
-    return -(logprobs_N * weights_N.to(logprobs_N.dtype)).sum(), logprobs_N.detach()
+    return -weighted(logprobs_N, weights_N).sum(), logprobs_N.detach()
 
 
 def _chunk(head: Callable[[Tensor, int], Tensor], start: int, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
