@@ -185,11 +185,15 @@ class Adapter:
         self.grad.zero_()
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
-        """Move or cast every tensor; leaves are made anew."""
+        """Move or cast every tensor; leaves are made anew, and an optimiser that was made before must be too."""
         self.flat = self.flat.to(device=device, dtype=dtype)
+        shared = self.frozen.pop(GLOBAL, {})
         self.frozen = {
             s: {p: t.to(device=device, dtype=dtype) for p, t in owned.items()} for s, owned in self.frozen.items()
         }
+        self._kept = []
+        for param, value in shared.items():
+            self._share(param, value)
         self._grad, self._leaves = None, {}
         return self
 

@@ -35,6 +35,8 @@ def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
             return "its sites have different methods"
         if site.kind == "expert":
             return "PEFT adapts fused experts with LoRA only"
+        if site.router:
+            return "PEFT adapts routers with LoRA only"
         if isinstance(adapter.method, IA3) and site.kind == "conv" and len(site.shape) == 3:
             return "PEFT has no IA³ for Conv1d"
     return None

@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`total = Σ w · −log p` over a batch, and `weight = Σ w`; `mean` is what curves show."""
+    """`total = Σ w · −log p` over a batch, and `weight = Σ |w|`; `mean` is what curves show."""
 
     total: float
     weight: float
@@ -75,22 +75,22 @@ class Service:
         return TrainingClient(self, self.host.load(path, name), optimizer or AdamWConfig(), steps)
 
     def forward_backward(self, batches: Sequence[tuple[TrainingClient, Sequence[Example]]]) -> list[Loss]:
-        """One joint pass for several clients, whatever their methods; each client's gradient is its own examples'
-        alone.
+        """One joint call for several clients, whatever their methods, in micro-batches that they share; each client's
+        gradient is its own examples' alone.
 
-        Raises DataError when no token of some client's batch is trained; then nobody's gradient has changed.
+        Raises DataError when no token of some client's batch is trained or an example cannot be computed, RouteError
+        when a client's adapter was deleted; then nobody's gradient has changed.
         """
         for client, examples in batches:
             if not any(example.trained for example in examples):
                 raise DataError(
                     f"No token of the batch for {client.adapter.name!r} is trained: every loss weight is zero."
                 )
-        results = iter(
-            self.engine.forward_backward([Item(e, c.adapter.name) for c, examples in batches for e in examples])
-        )
+        results = iter(self.engine.forward_backward([Item(e, c.adapter) for c, examples in batches for e in examples]))
         losses = [_loss(examples, [next(results) for _ in examples]) for _, examples in batches]
         for (client, _), loss in zip(batches, losses, strict=True):
             client.weight += loss.weight
+            client.waiting = True
         return losses
 
     def sampling_client(self, adapter: RowSpec = None) -> SamplingClient:
@@ -101,7 +101,8 @@ class Service:
 class TrainingClient:
     """Trains one adapter: `forward_backward` accumulates, `optim_step` applies.
 
-    Attributes: `weight` is the total loss weight that the accumulated gradient stands for.
+    Attributes: `weight` is the total absolute loss weight that the accumulated gradient stands for; `waiting` says
+    whether there is one.
     """
 
     def __init__(self, service: Service, adapter: Adapter, optimizer: AdamWConfig, steps: int) -> None:
@@ -109,6 +110,7 @@ class TrainingClient:
         self.adapter = adapter
         self.optimizer = AdapterOptimizer(adapter, optimizer, steps=steps)
         self.weight = 0.0
+        self.waiting = False
 
     def forward_backward(self, examples: Sequence[Example]) -> Loss:
         """Add the gradient of `Σ w · −log p` over the examples. Raises DataError when no token is trained."""
@@ -117,22 +119,23 @@ class TrainingClient:
 
     def forward(self, examples: Sequence[Example]) -> Loss:
         """The loss alone, dropout off."""
-        return _loss(examples, self.service.engine.forward([Item(e, self.adapter.name) for e in examples]))
+        return _loss(examples, self.service.engine.forward([Item(e, self.adapter) for e in examples]))
 
     def optim_step(self) -> Step:
-        """One step on the gradient accumulated since the last one, divided by its total weight (a mean over trained
-        tokens).
+        """One step on the gradient accumulated since the last one, divided by `weight` (a mean over trained tokens).
+
+        Raises MethodError where no gradient is waiting.
         """
-        if not self.weight:
+        if not self.waiting:
             raise MethodError("There is no gradient: call forward_backward before optim_step.")
         lr = self.optimizer.lr
         norm = self.optimizer.step(scale=1.0 / self.weight)
-        self.weight = 0.0
+        self.weight, self.waiting = 0.0, False
         return Step(norm, lr)
 
     def sampling_client(self) -> SamplingClient:
         """Samples from the adapter as it is at each call."""
-        return SamplingClient(self.service, self.adapter.name)
+        return SamplingClient(self.service, self.adapter)
 
     def state(self) -> dict[str, Any]:
         """All that continues this client exactly: adapter, optimiser, schedule, counters, torch's random state."""
@@ -155,13 +158,13 @@ class TrainingClient:
         self.adapter.flat.copy_(state["flat"])
         self.adapter.forwards = state["forwards"]
         self.adapter.zero_grad()
-        self.weight = 0.0
+        self.weight, self.waiting = 0.0, False
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
 
     def save(self, path: str | Path) -> Path:
         """Write the adapter as a folder that PEFT reads, where PEFT has the method."""
-        return self.service.host.save(path, self.adapter.name)
+        return self.service.host.save(path, self.adapter)
 
 
 class SamplingClient:
@@ -181,5 +184,5 @@ class SamplingClient:
 
 
 def _loss(examples: Sequence[Example], results: Sequence[Result]) -> Loss:
-    weight = sum(sum(example.weights) for example in examples)
+    weight = sum(sum(map(abs, example.weights)) for example in examples)
     return Loss(sum(result.loss for result in results), weight, tuple(results))

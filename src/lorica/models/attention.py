@@ -7,7 +7,7 @@ Thin, so that nothing outside `models/` imports transformers. Refuses to know wh
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,10 +27,16 @@ class AttentionSwitch:
         """The kernel of the first config before the switch."""
         return self._before[0][1] if self._before else None
 
-    def restore(self) -> None:
-        """Put every config back to its kernel. Twice is once."""
+    @property
+    def configs(self) -> list[Any]:
+        """The configs that were switched."""
+        return [config for config, _ in self._before]
+
+    def restore(self, *, but: Collection[int] = ()) -> None:
+        """Put every config back to its kernel, but those of these ids. Twice is once."""
         for config, name in self._before:
-            config._attn_implementation_internal = name
+            if id(config) not in but:
+                config._attn_implementation_internal = name
         self._before = []
 
     def __enter__(self) -> Self:

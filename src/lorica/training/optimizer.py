@@ -16,7 +16,7 @@ from pydantic import Field
 
 from lorica.adapters.adapter import Adapter
 from lorica.core.config import Config
-from lorica.core.errors import ConfigError, did_you_mean
+from lorica.core.errors import ConfigError, MethodError, did_you_mean
 
 ScheduleName = Literal["constant", "linear", "cosine"]
 
@@ -36,7 +36,7 @@ class AdamWConfig(Config):
     clip: float | None = Field(1.0, gt=0, description="largest norm of the whole gradient; null turns clipping off")
     schedule: ScheduleName = Field("cosine", description="shape of the learning rate after warm-up")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly from zero")
-    floor: float = Field(0.0, ge=0, le=1, description="the rate at the last step, as a share of the peak")
+    floor: float = Field(0.0, ge=0, le=1, description="what the rate falls towards, as a share of the peak")
 
 
 def schedule(config: AdamWConfig, steps: int) -> Callable[[int], float]:
@@ -74,6 +74,7 @@ class AdapterOptimizer:
             groups.append({"params": group["params"], "lr": config.lr * factor, "weight_decay": decay})
         self.adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.adamw, schedule(config, steps))
+        self._flat = adapter.flat
 
     @property
     def lr(self) -> float:
@@ -85,7 +86,13 @@ class AdapterOptimizer:
         scaling.
 
         A gradient that is not finite moves neither the adapter nor the schedule; the norm that is returned tells.
+        Raises MethodError after the adapter was moved or cast: this optimiser would step values that nobody reads.
         """
+        if self.adapter.flat is not self._flat:
+            raise MethodError(
+                f"Adapter {self.adapter.name!r} was moved or cast after its optimiser was made.",
+                hint="Call `adapter.to(…)` first, then make the optimiser.",
+            )
         grad = self.adapter.collect_grad()
         if scale != 1.0:
             grad.mul_(scale)
