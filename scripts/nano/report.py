@@ -1,7 +1,7 @@
 """Measure the model that ships and write its card.
 
 In: the folder that ships, the token cache and the checkpoint that it came from. Out: validation loss by source,
-answers to a few prompts, and with --write the card README.md beside the weights. Refuses to know: how the weights were
+answers to a few prompts, and with --write the card beside the weights and in docs/. Refuses to know: how the weights were
 made.
 """
 
@@ -21,6 +21,7 @@ from .corpus import EXERCISE_COUNT, MADE, SOURCES
 from .prepare import MODEL_DIR, SCRATCH, TokenCache
 from .tokenizer import CONTEXT
 
+PAGE = Path(__file__).parents[2] / "docs" / "nano.md"
 PROMPTS = (
     "What is the capital of France?",
     "Repeat: the small grey dog ran over the wet bridge",
@@ -147,7 +148,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=SCRATCH / "tokens.npz")
     parser.add_argument("--checkpoint", type=Path, default=SCRATCH / "checkpoint.pt", help="whose steps are reported")
     parser.add_argument("--joined", type=int, default=0, help="step after which the exercises were in the data")
-    parser.add_argument("--write", action="store_true", help="write README.md")
+    parser.add_argument("--write", action="store_true", help="write README.md, and docs/nano.md with the same text")
     args = parser.parse_args()
     model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
@@ -159,7 +160,8 @@ def main() -> None:
     text = card(scores, history, sum(p.numel() for p in model.parameters()), answers)
     print(text)
     if args.write:
-        (args.model_dir / "README.md").write_text(text, encoding="utf-8")
+        for path in (args.model_dir / "README.md", PAGE):
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
