@@ -1,8 +1,8 @@
 """Measure the model that ships and write its card.
 
 In: the folder that ships, the token cache and the checkpoint that it came from. Out: validation loss by source,
-answers to a few prompts, and with --write the card beside the weights and in docs/. Refuses to know: how the weights were
-made.
+answers to a few prompts, and with --write the card beside the weights and in docs/. Refuses to know how the weights
+were made.
 """
 
 from __future__ import annotations
