@@ -198,8 +198,9 @@ def _largest_rate(n: int, factor: str) -> float:
     low, high = 1e-6, 1.0
     for _ in range(14):
         rate = math.sqrt(low * high)
-        p = method.init(site, None, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
-        A, B = p["A"].requires_grad_(True), p["B"].requires_grad_(True)
+        start = method.init(site, None, torch.Generator().manual_seed(1))  # type: ignore[arg-type]
+        zero = {name: torch.zeros(spec.shape) for name, spec in method.params(site).items()}
+        A, B = (tensor.requires_grad_(True) for tensor in (zero | start).values())
         optimizer = torch.optim.Adam([A, B], lr=rate)
         for _ in range(6):
             optimizer.zero_grad()

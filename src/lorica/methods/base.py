@@ -71,9 +71,11 @@ class Method(Config, ABC):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         """Shapes of the tensors owned at one site. Raises MethodError when the config does not fit the site."""
 
-    @abstractmethod
     def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
-        """Initial float32 values for `params(site)`, drawn only from `rng` (a CPU generator)."""
+        """Initial float32 values for `params(site)`, drawn only from `rng` (a CPU generator). A trained tensor that is
+        left out starts at zero.
+        """
+        return {}
 
     @abstractmethod
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> Update:

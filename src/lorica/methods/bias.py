@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorica.core.errors import MethodError
@@ -41,9 +40,6 @@ class Bias(Method):
                 hint="On a model without biases, norm tuning (`norm`) is the nearest method.",
             )
         return {"bias": ParamSpec((site.out_features,), decay=False)}
-
-    def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
-        return {"bias": torch.zeros(self.params(site)["bias"].shape)}
 
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> LinearUpdate:
         return LinearUpdate(bias_O=p["bias"])

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -63,9 +62,6 @@ class Delta(Method):
         sizes = [last - first for first, last in self._slices(site)]
         specs = {"delta": ParamSpec((*sizes, *site.shape[2:]))}
         return {**specs, "bias": ParamSpec((sizes[0],), decay=False)} if self.bias and site.bias else specs
-
-    def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
-        return {name: torch.zeros(spec.shape) for name, spec in self.params(site).items()}
 
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> LinearUpdate:
         pads: list[int] = [0, 0] * len(site.shape[2:])

@@ -91,17 +91,14 @@ class LoRA(Method):
 
     def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
         shapes = {name: spec.shape for name, spec in self.params(site).items()}
-        values = {name: torch.zeros(shape) for name, shape in shapes.items()}
         if site.kind == "embedding":
             # a lookup has no fan-in: the token side is zero and the dense side is unit normal, as PEFT and loralib do
-            values["B"].normal_(generator=rng)
-            return values
+            return {"B": torch.empty(shapes["B"]).normal_(generator=rng)}
         random, fan_in = ("A", math.prod(site.shape[1:])) if self.init_factor == "a" else ("B", self.rank)
         if self.init_dist == "kaiming":
-            values[random] = uniform(shapes[random], fan_in**-0.5, rng)
-        else:
-            values[random].normal_(std=fan_in**-0.5 if self.init_dist == "normal" else 1 / self.rank, generator=rng)
-        return values
+            return {random: uniform(shapes[random], fan_in**-0.5, rng)}
+        std = fan_in**-0.5 if self.init_dist == "normal" else 1 / self.rank
+        return {random: torch.empty(shapes[random]).normal_(std=std, generator=rng)}
 
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> LinearUpdate:
         scale, bias = self.scaling(), p.get("bias")

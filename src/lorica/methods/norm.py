@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lorica.core.site import Site, SiteKind
@@ -38,9 +37,6 @@ class Norm(Method):
     def params(self, site: Site) -> dict[str, ParamSpec]:
         spec = ParamSpec(site.shape, decay=False)
         return {"weight": spec, "bias": spec} if site.bias else {"weight": spec}
-
-    def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
-        return {name: torch.zeros(spec.shape) for name, spec in self.params(site).items()}
 
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> LinearUpdate:
         return LinearUpdate(delta=p["weight"], bias_O=p.get("bias"))

@@ -7,7 +7,7 @@ model, a fingerprint. Refuses to know adapters, methods and batches, and never c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -181,11 +181,10 @@ class Backbone:
         was touched.
         """
         if self._fingerprint is None:
+            tensors = {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
             digest = hashlib.sha256(self.family.encode())
-            for name, tensor in self.module.state_dict().items():
-                if isinstance(tensor, Tensor):
-                    digest.update(f"{name}{tuple(tensor.shape)}".encode())
-                    digest.update(_sample(tensor))
+            digest.update("".join(f"{name}{tuple(tensor.shape)}" for name, tensor in tensors.items()).encode())
+            digest.update(_samples(tensors.values()))
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 
@@ -217,14 +216,21 @@ def freeze(module: nn.Module) -> None:
             config._experts_implementation_internal = "eager"  # torch's grouped product has no float64
 
 
-def _sample(tensor: Tensor) -> bytes:
-    """Evenly spaced values of a tensor as bytes."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
-        return b""
-    flat = tensor.detach().reshape(-1)
-    if flat.numel() > SAMPLES:
-        # whole runs, because single elements that lie far apart cost a cache line each
-        step = (flat.numel() - RUN) // (SAMPLES // RUN - 1)
-        flat = flat.as_strided((SAMPLES // RUN, RUN), (step, 1), flat.storage_offset())
-    flat = flat.to(torch.bfloat16) if flat.is_floating_point() else flat.to(torch.int64)
-    return flat.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+def _samples(tensors: Iterable[Tensor]) -> bytes:
+    """Evenly spaced values of every tensor as bytes: those of floats, then all others."""
+    floats: dict[torch.device, list[Tensor]] = {}
+    others = []
+    for tensor in tensors:
+        if tensor.device.type == "meta" or tensor.numel() == 0:
+            continue
+        flat = tensor.detach().reshape(-1)
+        if flat.numel() > SAMPLES:
+            # whole runs, because single elements that lie far apart cost a cache line each
+            step = (flat.numel() - RUN) // (SAMPLES // RUN - 1)
+            flat = flat.as_strided((SAMPLES // RUN, RUN), (step, 1), flat.storage_offset()).reshape(-1)
+        if flat.is_floating_point():
+            floats.setdefault(flat.device, []).append(flat)
+        else:
+            others.append(flat.to(torch.int64).cpu())
+    read = [torch.cat([s.to(torch.bfloat16) for s in own]).cpu().view(torch.uint8) for own in floats.values()]
+    return b"".join(part.numpy().tobytes() for part in [*read, *(o.view(torch.uint8) for o in others)])
