@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**25
 """About the memory that one chunk's logits take, with their probabilities; larger chunks are slower, not faster, for
 an allocator takes such blocks from the system and gives them back each time.
 """
