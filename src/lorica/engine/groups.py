@@ -61,6 +61,8 @@ class Group:
 def is_free(module: nn.Module) -> bool:
     """Whether a module has the forward of its class, or a stand-in of ours before that."""
     before = module.__dict__.get("forward")
+    if isinstance(before, Stand):  # which stands before free modules alone
+        return True
     return before is None or (isinstance(before, SiteForward) and before.previous is None)
 
 
