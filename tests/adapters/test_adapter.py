@@ -110,3 +110,27 @@ def test_another_seed_gives_other_values() -> None:
     same_shape = [s for s in sites if s.endswith("q_proj")]
     first, second = (one.tensors(s)["A"] for s in same_shape[:2])
     assert not torch.equal(first, second), "sites of one seed have values of their own"
+
+
+def test_adapters_that_were_cast_still_share_their_frozen_global_tensors_and_compute_what_they_did() -> None:
+    host = Host(tiny("llama", dtype=torch.float64))
+    ids = torch.tensor([[5, 9, 20], [7, 8, 30]])
+    for seed, name in enumerate("ab"):
+        host.add(name, make_method("vera", rank=3), seed=seed).flat.add_(0.1 * (seed + 1))
+    with host.rows(["a", "b"]):
+        before = host(input_ids=ids).logits
+    for name in "ab":
+        host.adapter(name).to(dtype=torch.float64)
+    one, two = (host.adapter(name).tensors("") for name in "ab")
+    assert one.keys() == two.keys() == {"A", "B"}
+    assert {t.dtype for t in (*one.values(), *two.values())} == {torch.float64}
+    assert all(one[param].data_ptr() == two[param].data_ptr() for param in one)
+    with host.rows(["a", "b"]):
+        torch.testing.assert_close(host(input_ids=ids).logits, before, rtol=0, atol=1e-6)
+    host.adapter("a").to(dtype=torch.bfloat16)
+    assert one["A"].data_ptr() != host.adapter("a").tensors("")["A"].data_ptr()
+    assert host.adapter("b").tensors("")["A"].data_ptr() == two["A"].data_ptr(), "a cast of one is no cast of the other"
+    half = host.add("c", make_method("vera", rank=3), dtype=torch.float64).to(dtype=torch.bfloat16)
+    assert half.tensors("")["A"].data_ptr() == host.adapter("a").tensors("")["A"].data_ptr()
+    with host.rows(["a", "c"]):
+        assert host(input_ids=ids).logits.isfinite().all()

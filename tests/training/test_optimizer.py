@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
 from lorica.adapters.targets import Targets, select
-from lorica.core.errors import ConfigError
+from lorica.core.errors import ConfigError, MethodError
 from lorica.methods import make_method
 from lorica.models import tiny
 from lorica.training.optimizer import AdamWConfig, AdapterOptimizer, ScheduleName, schedule
@@ -113,3 +113,29 @@ def test_a_schedule_rises_to_the_peak_and_never_leaves_its_bounds(
     assert all(b >= a for a, b in itertools.pairwise(values[: peak + 1]))
     assert all(b <= a + 1e-12 for a, b in itertools.pairwise(values[peak:]))
     assert factor(steps) >= (floor if name != "constant" else 1.0) - 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_that_was_cast_is_not_stepped_by_the_optimiser_made_before(dtype: torch.dtype) -> None:
+    a = adapter("lora")
+    optimizer = AdapterOptimizer(a, AdamWConfig())
+    a.to(dtype=dtype)
+    fill_gradients(a, 0)
+    before = a.flat.clone()
+    with pytest.raises(MethodError, match="'a' was moved or cast after its optimiser was made") as caught:
+        optimizer.step()
+    assert caught.value.hint is not None and "then make the optimiser" in caught.value.hint
+    assert torch.equal(a.flat, before) and a.grad.any()
+    AdapterOptimizer(a, AdamWConfig()).step()
+    assert not torch.equal(a.flat, before)
+
+
+def test_a_cast_to_what_it_is_already_keeps_adapter_and_optimiser_together() -> None:
+    a, b = adapter("lora"), adapter("lora")
+    ours, theirs = AdapterOptimizer(a, AdamWConfig()), AdapterOptimizer(b, AdamWConfig())
+    assert a.to(device="cpu", dtype=torch.float64) is a
+    for x, optimizer in ((a, ours), (b, theirs)):
+        fill_gradients(x, 0)
+        optimizer.step()
+    assert torch.equal(a.flat, b.flat)
+    assert not torch.equal(a.flat, adapter("lora").flat)

@@ -109,7 +109,8 @@ class Adapter:
     def _share(self, param: str, value: Tensor) -> None:
         """Keep one copy of equal frozen global tensors, whoever made them."""
         value = value.detach().to(self.flat).contiguous()
-        key = (param, tuple(value.shape), value.dtype, value.device, zlib.crc32(value.cpu().numpy().data))
+        raw = value.cpu().reshape(-1).view(torch.uint8).numpy()  # numpy itself has no bfloat16
+        key = (param, tuple(value.shape), value.dtype, value.device, zlib.crc32(raw.data))
         shared = _SHARED.get(key)
         if shared is None or not torch.equal(shared.tensors[param], value):
             shared = _SHARED[key] = _Shared({param: value})
@@ -186,7 +187,10 @@ class Adapter:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """Move or cast every tensor; leaves are made anew, and an optimiser that was made before must be too."""
-        self.flat = self.flat.to(device=device, dtype=dtype)
+        flat = self.flat.to(device=device, dtype=dtype)
+        if flat is self.flat:  # nothing moves: an optimiser that was made before still holds the right rows
+            return self
+        self.flat = flat
         shared = self.frozen.pop(GLOBAL, {})
         self.frozen = {
             s: {p: t.to(device=device, dtype=dtype) for p, t in owned.items()} for s, owned in self.frozen.items()

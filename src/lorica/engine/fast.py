@@ -129,4 +129,5 @@ def frozen_maps(executor: Executor, module: nn.Module) -> FrozenMaps | None:
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    ahead = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(ahead or module._forward_hooks or module._backward_hooks)

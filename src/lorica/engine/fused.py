@@ -105,11 +105,11 @@ class Gated:
     gate: nn.Module
     up: nn.Module
     down: nn.Module
-    act: Callable[[Tensor], Tensor]
 
     def make(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What `down` reads."""
-        return self.act(gate) * up
+        """What `down` reads, by the activation that the block has now."""
+        act = cast(Callable[[Tensor], Tensor], self.module.act_fn)
+        return act(gate) * up
 
 
 def gated_of(module: nn.Module) -> Gated | None:
@@ -120,7 +120,7 @@ def gated_of(module: nn.Module) -> Gated | None:
         return None
     if "forward" in module.__dict__ or set(module._modules) - set(names):
         return None
-    found = Gated(module, cast(nn.Module, gate), cast(nn.Module, up), cast(nn.Module, down), act)
+    found = Gated(module, cast(nn.Module, gate), cast(nn.Module, up), cast(nn.Module, down))
     return found if all(_is_gated(found, training) for training in (False, True)) else None
 
 

@@ -21,6 +21,7 @@ from lorica.engine.fast import fast_modules
 from lorica.engine.host import Host
 from lorica.engine.route import Stack
 from lorica.models.backbone import Backbone
+from lorica.models.positions import forget_longest
 
 KEPT = "packs"
 
@@ -92,6 +93,7 @@ class Trunk:
         backbone = self.backbone
         assert backbone.trunk is not None
         self.host.begin()
+        forget_longest(backbone.module)
         ids_N, positions_N = self.tensor(packed.tokens), self.tensor(packed.positions)
         lengths: list[int] = packed.lengths.tolist()
         prompts, prefix_lengths = self._prompts(len(lengths)), self.hub.prefix_lengths(len(lengths))

@@ -18,6 +18,9 @@ from lorica.models.sites import output_embedding
 
 KNOWN = frozenset({"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "gpt2"})
 
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configs call the bound of `cap · tanh(logits / cap)`; one token's small logits would not show a cap."""
+
 
 @dataclass(frozen=True, slots=True)
 class LanguageModel:
@@ -51,7 +54,8 @@ def _is_causal(module: nn.Module, config: Any) -> bool:
 
 
 def _transform(config: Any) -> Callable[[Tensor], Tensor] | None:
-    cap = getattr(config, "final_logit_softcapping", None)
+    caps = (getattr(config, name, None) for name in SOFT_CAPS)
+    cap = next((cap for cap in caps if cap is not None), None)
     if cap is not None:
         return lambda logits: torch.tanh(logits / cap) * cap
     divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)

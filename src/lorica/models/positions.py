@@ -1,7 +1,7 @@
 """What a model's config says about positions: how many there are, where their meaning changes, what a layer sees.
 
-In: a transformers model or one of its attention modules. Out: numbers, or None where there is no limit.
-Refuses to know batches and kernels.
+In: a transformers model or one of its attention modules. Out: numbers, or None where there is no limit;
+rotations that have forgotten earlier rows. Refuses to know batches and kernels.
 """
 
 from __future__ import annotations
@@ -41,6 +41,15 @@ def uniform_positions(module: nn.Module) -> int | None:
             limit = own or getattr(config, "original_max_position_embeddings", None) or context(module)
             limits.append(int(limit or 0))
     return min(limits, default=None)
+
+
+def forget_longest(module: nn.Module) -> None:
+    """Let `dynamic` rotations of the next pass be its own: transformers keeps those of the longest row seen so far."""
+    if uniform_positions(module) is None:
+        return
+    for part in module.modules():
+        for name in [name for name in vars(part) if name.endswith("max_seq_len_cached")]:
+            setattr(part, name, 0)
 
 
 def _rope(config: Any) -> Iterator[Mapping[str, Any]]:
