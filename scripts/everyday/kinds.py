@@ -65,15 +65,4 @@ class Words:
         return re.fullmatch(r"[^\s\"'.,;:!?](.*[^\s\".,;:!?])?", value) is not None
 
 
-@dataclass(frozen=True)
-class Items:
-    """A list of things, each in words of the request, with its number in digits where it has one."""
-
-    def says(self) -> str:
-        return "list of 1 to 4 things in words of the request, numbers in digits"
-
-    def admits(self, value: Any) -> bool:
-        return isinstance(value, list) and 1 <= len(value) <= 4 and all(Words().admits(item) for item in value)
-
-
-Kind = Time | OneOf | Number | Words | Items
+Kind = Time | OneOf | Number | Words

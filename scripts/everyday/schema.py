@@ -7,23 +7,18 @@ Refuses to know requests: whether an answer suits its request is not decided her
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.everyday.kinds import Items, Kind, Number, OneOf, Time, Words
+from scripts.everyday.kinds import Kind, Number, OneOf, Time, Words
 
 WEEK = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-ROOMS = ("kitchen", "bedroom", "bathroom", "living room", "hallway", "office", "garage", "garden", "basement", "attic")
+ROOMS = ("kitchen", "bedroom", "bathroom", "living room", "hallway", "office", "garage", "garden")
 UNITS = (
     *("km", "miles", "metres", "feet", "cm", "inches", "kg", "pounds", "litres", "gallons", "celsius", "fahrenheit"),
-    *("euros", "dollars", "yen", "francs", "rupees"),
+    *("euros", "dollars"),
 )
-LANGUAGES = (
-    *("spanish", "french", "german", "italian", "portuguese", "dutch", "polish", "swedish", "turkish", "greek"),
-    *("japanese", "hindi", "arabic"),
-)
-COLOURS = ("red", "blue", "green", "yellow", "orange", "purple", "pink", "white")
+COLOURS = ("red", "blue", "green", "yellow", "pink", "white")
 
 
 @dataclass(frozen=True)
@@ -44,61 +39,24 @@ class Call:
     some: tuple[str, ...] = ()
 
 
-DAY = OneOf(("today", "tonight", "tomorrow", *WEEK))
 ROOM = OneOf(ROOMS)
 CALLS = {
     call.name: call
     for call in (
         Call(
-            "set_alarm",
-            (
-                Slot("time", Time(), True),
-                Slot("days", OneOf(("tomorrow", *WEEK, "weekdays", "weekends", "daily"))),
-                Slot("label", Words()),
-            ),
+            "alarm",
+            (Slot("time", Time(), True), Slot("day", OneOf(("tomorrow", "weekdays", "weekends", "daily")))),
         ),
         Call(
-            "set_timer",
-            (
-                Slot("hours", Number(1, 24)),
-                Slot("minutes", Number(1, 120)),
-                Slot("seconds", Number(1, 120)),
-                Slot("label", Words()),
-            ),
+            "timer",
+            (Slot("hours", Number(1, 24)), Slot("minutes", Number(1, 120)), Slot("seconds", Number(1, 120))),
             some=("hours", "minutes", "seconds"),
         ),
-        Call("add_reminder", (Slot("task", Words(), True), Slot("day", DAY), Slot("time", Time()))),
+        Call("phone", (Slot("who", Words(), True),)),
+        Call("music", (Slot("genre", Words(), True), Slot("room", ROOM))),
+        Call("weather", (Slot("city", Words()), Slot("day", OneOf(("today", "tonight", "tomorrow", *WEEK))))),
         Call(
-            "send_message",
-            (
-                Slot("to", Words(), True),
-                Slot("text", Words(), True),
-                Slot("app", OneOf(("whatsapp", "signal", "telegram", "email"))),
-            ),
-        ),
-        Call(
-            "make_call",
-            (
-                Slot("who", Words(), True),
-                Slot("line", OneOf(("mobile", "work", "home"))),
-                Slot("mode", OneOf(("video", "speaker"))),
-            ),
-        ),
-        Call(
-            "play_music",
-            (Slot("song", Words()), Slot("artist", Words()), Slot("genre", Words()), Slot("room", ROOM)),
-            some=("song", "artist", "genre"),
-        ),
-        Call(
-            "get_weather",
-            (
-                Slot("what", OneOf(("rain", "snow", "wind", "sun", "temperature"))),
-                Slot("city", Words()),
-                Slot("day", DAY),
-            ),
-        ),
-        Call(
-            "set_lights",
+            "lights",
             (
                 Slot("room", OneOf((*ROOMS, "all")), True),
                 Slot("state", OneOf(("on", "off"))),
@@ -107,23 +65,7 @@ CALLS = {
             ),
             some=("state", "colour", "brightness"),
         ),
-        Call(
-            "set_thermostat",
-            (Slot("room", ROOM), Slot("degrees", Number(5, 30)), Slot("change", Number(-9, 9))),
-            some=("degrees", "change"),
-        ),
-        Call(
-            "add_to_list",
-            (Slot("list", OneOf(("shopping", "packing", "party")), True), Slot("items", Items(), True)),
-        ),
-        Call(
-            "navigate",
-            (
-                Slot("to", Words(), True),
-                Slot("from", Words()),
-                Slot("by", OneOf(("car", "bike", "foot", "train", "bus"))),
-            ),
-        ),
+        Call("heating", (Slot("room", ROOM), Slot("degrees", Number(5, 30), True))),
         Call(
             "convert",
             (
@@ -131,10 +73,6 @@ CALLS = {
                 Slot("from", OneOf(UNITS), True),
                 Slot("to", OneOf(UNITS), True),
             ),
-        ),
-        Call(
-            "translate",
-            (Slot("text", Words(), True), Slot("to", OneOf(LANGUAGES), True)),
         ),
     )
 }
@@ -176,13 +114,7 @@ def _slot_problems(call: Call, values: dict[str, Any]) -> list[str]:
 
 def copied_words(call: str, values: dict[str, Any]) -> list[str]:
     """The parts of an answer that a reader finds, case aside, in its request."""
-    found: list[str] = []
-    for slot in CALLS[call].slots:
-        if isinstance(slot.kind, Words) and slot.key in values:
-            found.append(values[slot.key])
-        elif isinstance(slot.kind, Items):
-            found += [re.sub(r"^\d+ ", "", item) for item in values[slot.key]]
-    return found
+    return [values[s.key] for s in CALLS[call].slots if isinstance(s.kind, Words) and s.key in values]
 
 
 def table() -> str:

@@ -27,7 +27,7 @@ from lorica.recipes.rundir import ROOM, RunDir
 from lorica.sampling.params import SamplingParams
 
 REPORT = "quickstart.json"
-ROWS = 256
+ROWS = 320
 """Rows of each held-out file that are answered; all of a smaller one."""
 BATCH = 64
 SPARE = 8
