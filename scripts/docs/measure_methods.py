@@ -31,7 +31,7 @@ from lorica.recipes.config import SFTConfig
 from lorica.recipes.summary import what_is_trained
 from scripts.docs.measured import fill_pages, read_results, write_results
 
-RATES = {"bias": 0.01}
+RATES = {"bias": 0.03}
 """Learning rates of methods that ship no config of their own."""
 ENDS = 5
 """Steps at each end whose mean loss is reported."""
@@ -42,8 +42,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="measure these methods again, and no others")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
     parser.add_argument("--write", action="store_true", help="measure nothing; write the stored figures into the pages")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--rows", type=int, default=64, help="held-out rows that are answered")
     parser.add_argument("--pairs", type=int, default=9, help="pairs of steps, one with LoRA, that the time comes from")
     parser.add_argument("--data", default="everyday:train")
