@@ -52,13 +52,13 @@ def row(name: str, entry: dict[str, Any]) -> tuple[str, ...]:
 
 def conditions(results: dict[str, Any]) -> str:
     """Under which settings the figures hold."""
-    s = results["settings"]
+    s, rank = results["settings"], results["methods"]["lora"]["config"]["rank"]
     return (
         f"{s['steps']} steps of {s['batch_size']} examples of `{s['data']}` on `{s['model']}`, float32, one CPU "
         f"thread, seed {s['seed']}. The losses are means of the first and the last five steps. Exact match counts "
         f"answers of `{s['test']}` that equal the expected text, greedily decoded; before training it was "
-        f"{results['before']} of {s['rows']}. The time of a step is CPU time over that of LoRA (rank 8, every linear "
-        f"layer) on the same batches, in turns, in one process: the median of {s['pairs']} pairs. Lorica "
+        f"{results['before']} of {s['rows']}. The time of a step is CPU time over that of LoRA (rank {rank}, "
+        f"every linear layer) on the same batches, in turns, in one process: the median of {s['pairs']} pairs. Lorica "
         f"{s['lorica']}, torch {s['torch']}."
     )
 
