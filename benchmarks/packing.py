@@ -37,7 +37,7 @@ def measure(dtype: torch.dtype, rounds: int, width: int, count: int) -> dict[str
     base = qwen3(width, dtype=dtype)
     rng = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 32_000, (n,), generator=rng).tolist() for n in lengths(count)]
-    examples = [Example(tuple(row), (0.0,) + (1.0,) * (len(row) - 1)) for row in rows]
+    examples = [Example.whole(row) for row in rows]
     ids_BT, mask_BT = padded(rows)
     ours, theirs = OurTrainer(base, "lora"), PeftTrainer(base)
     times = least({"ours": lambda: ours.step(examples), "peft": lambda: theirs.step(ids_BT, mask_BT)}, rounds)

@@ -33,10 +33,7 @@ class Steps:
         self.engine = Engine(host)
         rng = torch.Generator().manual_seed(0)
         self.examples = [
-            Example(
-                tuple(torch.randint(3, VOCABULARY, (TOKENS + 1,), generator=rng).tolist()), (0.0,) + (1.0,) * TOKENS
-            )
-            for _ in range(TENANTS)
+            Example.whole(torch.randint(3, VOCABULARY, (TOKENS + 1,), generator=rng).tolist()) for _ in range(TENANTS)
         ]
         self.names = names
 

@@ -48,7 +48,7 @@ class Saved:
 
 def examples_of(ids_BT: Tensor) -> list[Example]:
     """Rows of token ids as examples that train every token but the first."""
-    return [Example(tuple(row), (0.0,) + (1.0,) * (len(row) - 1)) for row in ids_BT.tolist()]
+    return [Example.whole(row) for row in ids_BT.tolist()]
 
 
 class OurTrainer:

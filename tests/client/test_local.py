@@ -21,7 +21,7 @@ def examples(seed: int, count: int = 3) -> list[Example]:
     made = []
     for i in range(count):
         tokens = torch.randint(3, 120, (4 + 3 * i,), generator=rng).tolist()
-        made.append(Example(tuple(tokens), (0.0, *[1.0] * (len(tokens) - 1)), f"row {i}"))
+        made.append(Example.whole(tokens, f"row {i}"))
     return made
 
 
@@ -121,7 +121,7 @@ def test_sampled_log_probabilities_are_those_of_training() -> None:
     prompt = [5, 6, 7]
     (sample,) = c.sampling_client().sample([prompt], SamplingParams(max_tokens=5))
     tokens = (*prompt, *sample.tokens)
-    (scored,) = c.sampling_client().logprobs([Example(tokens, (0.0, *[1.0] * (len(tokens) - 1)), "row")])
+    (scored,) = c.sampling_client().logprobs([Example.whole(tokens, "row")])
     assert sample.logprobs == pytest.approx(scored.logprobs[-len(sample.tokens) :], abs=1e-6)
 
 

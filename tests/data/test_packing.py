@@ -83,7 +83,7 @@ def test_packing_takes_each_example_once_within_the_budget(
 
 
 def test_packing_prefers_the_fullest_batch_that_has_room() -> None:
-    rows = [Example(tuple(range(n + 1)), (0.0, *[1.0] * n)) for n in (5, 7, 3, 5)]
+    rows = [Example.whole(range(n + 1)) for n in (5, 7, 3, 5)]
     assert pack(rows, 10) == [[0, 3], [1, 2]]
 
 

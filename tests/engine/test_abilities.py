@@ -68,10 +68,7 @@ def resident(base: Backbone) -> Host:
 
 
 def items(rows: list[list[int]], owners: list[Any]) -> list[Item]:
-    return [
-        Item(Example(tuple(row), (0.0,) + (1.0,) * (len(row) - 1)), owner)
-        for row, owner in zip(rows, owners, strict=True)
-    ]
+    return [Item(Example.whole(row), owner) for row, owner in zip(rows, owners, strict=True)]
 
 
 def own(host: Host, item: Item) -> Tensor:

@@ -39,11 +39,8 @@ def residents(family: str, dtype: torch.dtype) -> Host:
 
 def items(owners: list[object]) -> list[Item]:
     rng = torch.Generator().manual_seed(3)
-    found = []
-    for i, owner in enumerate(owners):
-        tokens = torch.randint(3, 120, (5 + (7 * i) % 30,), generator=rng).tolist()
-        found.append(Item(Example(tuple(tokens), (0.0,) + (1.0,) * (len(tokens) - 1)), owner))  # type: ignore[arg-type]
-    return found
+    rows = [torch.randint(3, 120, (5 + (7 * i) % 30,), generator=rng).tolist() for i in range(len(owners))]
+    return [Item(Example.whole(row), owner) for row, owner in zip(rows, owners, strict=True)]  # type: ignore[arg-type]
 
 
 def run(host: Host, batch: list[Item]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -66,7 +66,7 @@ def resident(base: Backbone, *, head: bool) -> Host:
 def by_engine(host: Host) -> tuple[list[Tensor], dict[str, Tensor]]:
     for adapter in host.adapters.values():
         adapter.zero_grad()
-    examples = [Example(row, (0.0,) + (1.0,) * (len(row) - 1)) for row in ROWS]
+    examples = [Example.whole(row) for row in ROWS]
     items = [Item(example, owner) for example, owner in zip(examples, ("a", "b", None), strict=True)]
     results = Engine(host).forward_backward(items)
     return [torch.tensor(r.logprobs) for r in results], {n: a.grad.clone() for n, a in host.adapters.items()}

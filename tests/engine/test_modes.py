@@ -37,11 +37,8 @@ def resident(base: Backbone, names: Any = ("lora", "dora", "vera", "ia3", "norm"
 
 def items(owners: list[Any]) -> list[Item]:
     rng = torch.Generator().manual_seed(3)
-    made = []
-    for i, owner in enumerate(owners):
-        tokens = torch.randint(3, 120, (4 + (5 * i) % 9,), generator=rng).tolist()
-        made.append(Item(Example(tuple(tokens), (0.0,) + (1.0,) * (len(tokens) - 1)), owner))
-    return made
+    rows = [torch.randint(3, 120, (4 + (5 * i) % 9,), generator=rng).tolist() for i in range(len(owners))]
+    return [Item(Example.whole(row), owner) for row, owner in zip(rows, owners, strict=True)]
 
 
 def train(host: Host, owners: list[Any]) -> tuple[Tensor, Tensor]:

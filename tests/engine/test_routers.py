@@ -126,7 +126,7 @@ def test_a_bfloat16_model_whose_router_casts_has_each_row_as_alone_and_gradients
     for seed, name in enumerate("ab"):
         perturb(host.add(name, make_method("lora", rank=2), "mlp.gate", seed=seed), 0.5, seed)
     rows: list[tuple[tuple[int, ...], str | None]] = [((5, 9, 20, 7), "a"), ((8, 3, 9), None), ((30, 11, 6, 8), "b")]
-    batch = [Item(Example(tokens, (0.0,) + (1.0,) * (len(tokens) - 1)), owner) for tokens, owner in rows]
+    batch = [Item(Example.whole(tokens), owner) for tokens, owner in rows]
     results = Engine(host).forward_backward(batch)
     assert host.adapter("a").grad.any() and host.adapter("b").grad.any()
     for item, result in zip(batch, results, strict=True):

@@ -56,7 +56,7 @@ def prompts(count, longest=9):
 def forced(host, prompt, spec, sample):
     """The engine's log-probabilities of a sample's tokens, alone in its batch."""
     tokens = (*prompt, *sample.tokens)
-    result = Engine(host).forward([Item(Example(tokens, (0.0,) + (1.0,) * (len(tokens) - 1)), spec)])[0]
+    result = Engine(host).forward([Item(Example.whole(tokens), spec)])[0]
     return result.logprobs[-len(sample.tokens) :]
 
 

@@ -18,7 +18,7 @@ from lorica.models.attention import set_attention
 from tests.contract.cases import close
 
 IDS = torch.tensor([[5, 9, 20, 7, 8, 3], [30, 11, 6, 8, 40, 41]])
-ITEMS = [Item(Example(tuple(row), (0.0,) + (1.0,) * 5), owner) for row, owner in zip(IDS.tolist(), "pl", strict=True)]
+ITEMS = [Item(Example.whole(row), owner) for row, owner in zip(IDS.tolist(), "pl", strict=True)]
 
 
 def pair(kernel: str) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from lorica.core.errors import ConfigError, DataError
 
@@ -32,6 +33,11 @@ class Example:
             raise DataError(f"{self.where} has a loss weight that is not a finite number.")
         if self.weights and self.weights[0]:
             raise DataError(f"{self.where} has a loss weight on its first token, which nothing predicts.")
+
+    @classmethod
+    def whole(cls, tokens: Sequence[int], where: str = "example") -> Self:
+        """A sequence in which every token but the first is trained, with weight 1."""
+        return cls(tuple(tokens), (0.0, *[1.0] * (len(tokens) - 1)), where)
 
     def __len__(self) -> int:
         return len(self.tokens)
