@@ -92,7 +92,7 @@ def can_pack(dtype: torch.dtype) -> bool:
     try:
         with torch.no_grad():
             got_NO = PackedWeight(w_OI, b_O)(x_NI)
-    except (RuntimeError, AttributeError, NotImplementedError):  # another build of torch
+    except (RuntimeError, AttributeError):  # another build of torch
         return False
     wanted_NO = F.linear(x_NI.double(), w_OI.double(), b_O.double())
     return bool((got_NO - wanted_NO).abs().max() <= 0.01 * wanted_NO.abs().max())

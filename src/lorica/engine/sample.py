@@ -98,11 +98,12 @@ def generate(
     # neighbours of one adapter share its product
     order: dict[Stack, int] = {}
     batch.sort(key=lambda row: order.setdefault(row.stack, len(order)))
+    stepwise = steps(trunk)
     with _serving(trunk):
         _measure(trunk, batch, params)
         limit = uniform_positions(host.model)
         short = limit is None or max(row.total for row in batch) + params.max_tokens - 1 <= limit
-        loop = _Steps if short and steps(trunk) else _Passes
+        loop = _Steps if short and stepwise else _Passes
         loop(trunk, batch, params).run()
     batch.sort(key=lambda row: row.index)
     return [Sample(tuple(row.tokens), tuple(row.logprobs), row.stopped) for row in batch]
@@ -132,7 +133,6 @@ def steps(trunk: Trunk) -> bool:
 def _serving(trunk: Trunk) -> Iterator[None]:
     """Eval mode; every update is lowered once, for no adapter changes while rows are sampled."""
     executor = trunk.host.executor
-    trunk.backbone.refresh()
     with trunk.modes(training=False):
         executor.memo = {}
         try:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Collection
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import nn
 
@@ -17,15 +16,10 @@ from lorica.core.errors import MethodError, did_you_mean
 
 
 class AttentionSwitch:
-    """The kernels that were in use before a switch: `restore()` them, or use it as a context manager."""
+    """The kernels that were in use before a switch: `restore()` puts them back."""
 
     def __init__(self, before: list[tuple[Any, str | None]]) -> None:
         self._before = before
-
-    @property
-    def previous(self) -> str | None:
-        """The kernel of the first config before the switch."""
-        return self._before[0][1] if self._before else None
 
     @property
     def configs(self) -> list[Any]:
@@ -38,14 +32,6 @@ class AttentionSwitch:
             if id(config) not in but:
                 config._attn_implementation_internal = name
         self._before = []
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.restore()
 
 
 def set_attention(module: nn.Module, name: str) -> AttentionSwitch:
