@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from benchmarks.models import LINEARS, RANK, another, qwen3
-from benchmarks.timing import command, seconds
+from benchmarks.timing import command, products_share, seconds
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.methods.lora import LoRA
@@ -77,10 +77,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     step = step_times(runs, options.tokens, options.rounds)
     theirs = step["peft, one adapter"]
+    shares: dict[str, Any] = {}
+    for name, run in runs.items() if not torch.cuda.is_available() else ():
+        shares[f"{name}: share of matrix products"] = round(products_share(lambda run=run: run(options.tokens)), 2)  # type: ignore[misc]
     return {f"{name}, ms a step": round(1e3 * value, 2) for name, value in step.items()} | {
         "one adapter: speed over PEFT": round(theirs / step["ours, one adapter"], 2),
         f"{options.tenants} adapters: speed over PEFT one at a time": round(options.tenants * theirs / step[many], 2),
         f"{options.tenants} adapters: tax over the base": round(step[many] / step[rows] - 1, 2),
+        **shares,
     }
 
 

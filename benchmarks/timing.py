@@ -47,6 +47,18 @@ def least(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1
     return best
 
 
+PRODUCTS = ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise")
+"""Matrix products, as torch's profiler names them on a CPU."""
+
+
+def products_share(run: Callable[[], object]) -> float:
+    """The share of matrix products in one call's time on the CPU: no engine can do without most of them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    spent = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return sum(spent.get(name, 0.0) for name in PRODUCTS) / sum(spent.values())
+
+
 def environment() -> dict[str, Any]:
     """What the figures depend on."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import VARIANTS, PeftTrainer, another, device, qwen3
-from benchmarks.timing import command, least
+from benchmarks.timing import command, least, products_share
 from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
 from lorica.methods import make_method
@@ -117,6 +117,8 @@ def measure(dtype: torch.dtype, rows: int, tokens: int, rounds: int, names: list
         report[f"peft {name}: time over transformers' floor"] = round(
             times[f"peft {name}"] / times["transformers' floor"], 2
         )
+    for name, run in runs.items() if not torch.cuda.is_available() else ():
+        report[f"{name}: share of matrix products"] = round(products_share(run), 2)
     for name in names:
         report |= saved_bytes(name, base, ours[name], theirs[name], ids_BT, examples)
     return report
