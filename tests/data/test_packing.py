@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lorica.core.errors import ConfigError, DataError, ResumeError
 from lorica.data.example import Example
-from lorica.data.packing import Sampler, collate, end_to_end, pack
+from lorica.data.packing import Sampler, end_to_end, pack
 
 
 @st.composite
@@ -26,43 +26,38 @@ batches = st.lists(made(), min_size=1, max_size=10)
 
 
 @given(examples=batches)
-def test_a_packed_batch_holds_every_sequence_apart_from_its_neighbours(examples: list[Example]) -> None:
-    packed = collate(examples)
-    assert packed.trained == sum(example.trained for example in examples)
-    bounds = packed.cu_seqlens.tolist()
-    assert (bounds[0], bounds[-1]) == (0, len(packed.tokens))
-    for example, start, stop in zip(examples, bounds[:-1], bounds[1:], strict=True):
-        assert packed.tokens[start:stop].tolist() == list(example.tokens[:-1])
-        assert packed.targets[start:stop].tolist() == list(example.tokens[1:])
-        assert packed.weights[start:stop].tolist() == list(example.weights[1:])
-        assert packed.positions[start:stop].tolist() == list(range(len(example) - 1))
+def test_an_example_asks_each_token_for_the_next_one(examples: list[Example]) -> None:
+    for example in examples:
+        datum = example.datum()
+        assert datum.tokens.tolist() == list(example.tokens[:-1])
+        assert datum.targets.tolist() == list(example.tokens[1:])
+        assert datum.inputs["weights"].tolist() == list(example.weights[1:])
+        assert datum.crow is None and datum.where == example.where
 
 
 def test_packed_arrays_have_the_types_that_tensors_are_made_of() -> None:
-    packed = collate([Example((1, 2, 3), (0, 0, 1))])
-    assert {a.dtype for a in (packed.tokens, packed.targets, packed.positions, packed.lengths)} == {np.dtype(np.int64)}
-    assert packed.weights.dtype == np.float32
+    packed = end_to_end([[1, 2, 3]])
+    assert {a.dtype for a in (packed.tokens, packed.positions, packed.lengths)} == {np.dtype(np.int64)}
 
 
 @given(rows=st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=9), min_size=1, max_size=10))
-def test_rows_of_which_nothing_is_asked_lie_end_to_end_whole(rows: list[list[int]]) -> None:
+def test_rows_lie_end_to_end_whole(rows: list[list[int]]) -> None:
     packed = end_to_end(rows)
     assert packed.tokens.tolist() == list(chain.from_iterable(rows))
     assert packed.positions.tolist() == [i for row in rows for i in range(len(row))]
     assert packed.lengths.tolist() == [len(row) for row in rows]
-    assert packed.trained == 0
+    assert packed.cu_seqlens.tolist() == [0, *np.cumsum([len(row) for row in rows]).tolist()]
 
 
-@pytest.mark.parametrize(
-    ("examples", "said"),
-    [
-        ([], "at least one example"),
-        ([Example((1, 2), (0, 1)), Example((1,), (0,), "x, line 4")], "x, line 4 has 1 tokens; at least 2"),
-    ],
-)
-def test_batches_that_cannot_be_laid_out_are_refused(examples: list[Example], said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        collate(examples)
+@pytest.mark.parametrize("rows", [[], [[1, 2], []]])
+def test_batches_that_cannot_be_laid_out_are_refused(rows: list[list[int]]) -> None:
+    with pytest.raises(DataError, match="at least one"):
+        end_to_end(rows)
+
+
+def test_an_example_of_one_token_predicts_nothing() -> None:
+    with pytest.raises(DataError, match="x, line 4 has 1 tokens; at least two"):
+        Example((1,), (0,), "x, line 4").datum()
 
 
 @given(examples=batches, budget=st.integers(8, 30), data=st.data())

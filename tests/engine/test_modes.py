@@ -57,7 +57,7 @@ def sample(host: Host, owners: list[Any]) -> object:
 
 
 def score(host: Host, owners: list[Any]) -> object:
-    return Engine(host).forward(items(owners))
+    return [(result.loss, result.logprobs.tolist()) for result in Engine(host).forward(items(owners))]
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])

@@ -44,7 +44,7 @@ def results(host: Host) -> list[Tensor]:
     """The model's own pass, and the engine's."""
     with host.rows(["p", "l"]), torch.no_grad():
         logits: Tensor = host(input_ids=IDS).logits
-    return [logits, torch.tensor([r.logprobs for r in Engine(host).forward(ITEMS)], dtype=torch.float64)]
+    return [logits, torch.stack([torch.from_numpy(r.logprobs).double() for r in Engine(host).forward(ITEMS)])]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorica.training.loss_head import chunk_rows, chunked_cross_entropy, linear_cross_entropy
+from lorica.training.loss_head import chunk_rows, chunked_logprobs, linear_logprobs
+from lorica.training.losses import CROSS_ENTROPY
 
 N, D, V = 13, 6, 31
 
@@ -29,9 +30,12 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> t
 def frozen_head(
     hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    return linear_cross_entropy(
-        hidden, lambda h: h @ weight.T, lambda d: d @ weight, weight.shape[0], targets, weights, chunk=chunk
-    )
+    lp = linear_logprobs(hidden, lambda h: h @ weight.T, lambda d: d @ weight, weight.shape[0], targets, chunk=chunk)
+    return summed(lp, weights), lp.detach()
+
+
+def summed(lp: Tensor, weights: Tensor) -> Tensor:
+    return CROSS_ENTROPY.terms(lp, {"weights": weights.to(lp.dtype)}, [len(lp)]).sum()
 
 
 @given(st.integers(1, 2 * N))
@@ -42,8 +46,21 @@ def test_any_chunk_gives_the_plain_loss_log_probabilities_and_gradient(chunk: in
     found, found_logprobs = frozen_head(hidden, weight, targets, weights, chunk=chunk)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_logprobs, logprobs.detach(), rtol=1e-12, atol=1e-12)
-    assert not found_logprobs.requires_grad
     torch.testing.assert_close(torch.autograd.grad(3.0 * found, hidden)[0], slope, rtol=1e-11, atol=1e-11)
+
+
+@given(st.integers(1, 2 * N), st.lists(st.integers(0, 4), min_size=N, max_size=N))
+def test_several_targets_a_position_are_those_of_one_each(chunk: int, counts: list[int]) -> None:
+    hidden, weight, _, _ = given_rows()
+    rng = torch.Generator().manual_seed(2)
+    rows = torch.arange(N).repeat_interleave(torch.tensor(counts))
+    targets, weights = torch.randint(V, (len(rows),), generator=rng), torch.randn(len(rows), generator=rng)
+    crow = [0, *torch.tensor(counts).cumsum(0).tolist()]
+    expected = (hidden @ weight.T).log_softmax(-1)[rows, targets]
+    found = chunked_logprobs(hidden, lambda h, start: h @ weight.T, targets, crow=crow, chunk=chunk)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    one, two = (torch.autograd.grad((lp * weights).sum(), hidden)[0] for lp in (found, expected))
+    torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
 
 
 @given(st.integers(1, 2 * N))
@@ -52,7 +69,7 @@ def test_a_head_that_is_trained_gets_the_plain_gradient(chunk: int) -> None:
     weight = weight.requires_grad_(True)
     expected, _ = plain(hidden, weight, targets, weights)
     slopes = torch.autograd.grad(expected, (hidden, weight))
-    found, _ = chunked_cross_entropy(hidden, lambda h, start: h @ weight.T, targets, weights, chunk=chunk)
+    found = summed(chunked_logprobs(hidden, lambda h, start: h @ weight.T, targets, chunk=chunk), weights)
     for one, two in zip(torch.autograd.grad(found, (hidden, weight)), slopes, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
 
@@ -69,7 +86,7 @@ def test_products_that_stand_in_for_the_head_are_used_in_both_directions() -> No
         calls.append("back")
         return d @ weight
 
-    found, _ = linear_cross_entropy(hidden, forward, back, V, targets, weights, chunk=5)
+    found = summed(linear_logprobs(hidden, forward, back, V, targets, chunk=5), weights)
     assert calls == ["forward", "back"] * 3
     torch.testing.assert_close(found, plain(hidden, weight, targets, weights)[0])
 
@@ -83,8 +100,8 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
         return d @ weight
 
     with torch.no_grad():
-        loss, _ = linear_cross_entropy(hidden, lambda h: h @ weight.T, back, V, targets, weights)
-    assert not calls and not loss.requires_grad
+        lp = linear_logprobs(hidden, lambda h: h @ weight.T, back, V, targets)
+    assert not calls and not lp.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -131,10 +148,11 @@ def test_an_impossible_token_that_does_not_count_changes_nothing(frozen: bool) -
         return d @ weight.nan_to_num(neginf=0.0)
 
     if frozen:
-        loss, logprobs = linear_cross_entropy(hidden, forward, back, 2, targets, weights)
+        logprobs = linear_logprobs(hidden, forward, back, 2, targets)
     else:
         logits = torch.tensor([0.0, -torch.inf])
-        loss, logprobs = chunked_cross_entropy(hidden, lambda h, start: h + logits, targets, weights)
+        logprobs = chunked_logprobs(hidden, lambda h, start: h + logits, targets)
+    loss = summed(logprobs, weights)
     assert float(loss.detach()) == 0 and logprobs.tolist() == [0.0, -torch.inf]
     assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 

@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+import numpy as np
+
 from lorica.core.errors import ConfigError, DataError
+from lorica.data.datum import Datum
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,17 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def datum(self) -> Datum:
+        """Its tokens but the last, each asked for the next one, with `weights`. Raises DataError for fewer than two
+        tokens.
+        """
+        if len(self.tokens) < 2:
+            raise DataError(f"{self.where} has {len(self.tokens)} tokens; at least two are needed to predict one.")
+        tokens = np.array(self.tokens, dtype=np.int64)
+        return Datum(
+            tokens[:-1], tokens[1:], {"weights": np.array(self.weights[1:], dtype=np.float32)}, where=self.where
+        )
 
     @property
     def trained(self) -> int:

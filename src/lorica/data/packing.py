@@ -1,8 +1,8 @@
 """Examples to batches: which examples go together, in what order, and as one run of tokens without padding.
 
-In: examples. Out: groups of indices (`pack`, `Sampler`) and `Packed` arrays (`collate`) in which every sequence keeps
-its own positions and its own length, so that an attention kernel can keep them apart. Refuses to know tensors, models
-and devices.
+In: examples, sequences. Out: groups of indices (`pack`, `Sampler`) and `Packed` arrays (`end_to_end`) in which every
+sequence keeps its own positions and its own length, so that an attention kernel can keep them apart.
+Refuses to know tensors, models and devices.
 """
 
 from __future__ import annotations
@@ -20,21 +20,15 @@ from lorica.core.errors import ConfigError, DataError, ResumeError
 from lorica.data.example import Example
 
 Ints = NDArray[np.int64]
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Packed:
-    """Several sequences end to end. N tokens, S sequences.
-
-    `tokens`, `targets`, `positions` [N] int64 and `weights` [N] float32: at position i the model reads `tokens[i]`
-    and is asked for `targets[i]`, whose loss counts `weights[i]` times. `positions` begin at 0 in each sequence.
+    """Several sequences end to end: `tokens` and `positions` [N] int64; positions begin at 0 in each sequence.
     `lengths` [S].
     """
 
     tokens: Ints
-    targets: Ints
-    weights: Floats
     positions: Ints
     lengths: Ints
 
@@ -43,42 +37,14 @@ class Packed:
         """Where sequences begin and end: [S + 1], from 0 to N."""
         return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self.lengths)])
 
-    @property
-    def trained(self) -> int:
-        """The number of targets whose weight is not zero."""
-        return int(np.count_nonzero(self.weights))
 
-
-def collate(examples: Sequence[Example]) -> Packed:
-    """Lay examples end to end. A sequence of n tokens gives n - 1 inputs: its last token is only a target.
-
-    Raises DataError when there is no example, or one has fewer than two tokens.
-    """
-    if not examples:
-        raise DataError("A batch needs at least one example.")
-    short = next((example for example in examples if len(example) < 2), None)
-    if short is not None:
-        raise DataError(
-            f"{short.where} has {len(short)} tokens; at least 2 are needed, one to read and one to predict."
-        )
-    lengths = np.array([len(example) - 1 for example in examples], dtype=np.int64)
-    return Packed(
-        tokens=np.concatenate([np.array(example.tokens[:-1], dtype=np.int64) for example in examples]),
-        targets=np.concatenate([np.array(example.tokens[1:], dtype=np.int64) for example in examples]),
-        weights=np.concatenate([np.array(example.weights[1:], dtype=np.float32) for example in examples]),
-        positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        lengths=lengths,
-    )
-
-
-def end_to_end(rows: Sequence[Sequence[int]]) -> Packed:
-    """Token ids alone, all of them inputs: of whom nothing is asked."""
+def end_to_end(rows: Sequence[Sequence[int] | Ints]) -> Packed:
+    """Lay sequences of token ids end to end. Raises DataError when there is none, or one is empty."""
+    if not rows or not all(len(row) for row in rows):
+        raise DataError("A batch needs at least one sequence, and every sequence at least one token.")
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    tokens = np.concatenate([np.array(row, dtype=np.int64) for row in rows])
     return Packed(
-        tokens=tokens,
-        targets=np.zeros_like(tokens),
-        weights=np.zeros(len(tokens), dtype=np.float32),
+        tokens=np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]),
         positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
         lengths=lengths,
     )

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from lorica.core.errors import DataError
+from lorica.data.datum import Ints
 from lorica.models.backbone import Backbone
 from lorica.models.positions import most_positions
 
 
-def check_tokens(backbone: Backbone, rows: Sequence[Sequence[int]], names: Sequence[str]) -> None:
+def check_tokens(backbone: Backbone, rows: Sequence[Sequence[int] | Ints], names: Sequence[str]) -> None:
     """Raises DataError for a token id outside the vocabulary."""
     most = backbone.weight("input").matrix().shape[1]
     for name, row in zip(names, rows, strict=True):
-        if row and not (min(row) >= 0 and max(row) < most):
-            wrong = next(token for token in row if not 0 <= token < most)
+        ids = np.asarray(row)
+        if ids.size and not (ids.min() >= 0 and ids.max() < most):
+            wrong = int(ids[(ids < 0) | (ids >= most)][0])
             raise DataError(f"{name} has token id {wrong}; this model's ids are 0 to {most - 1}.")
 
 

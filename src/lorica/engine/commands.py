@@ -12,7 +12,6 @@ from typing import Any, Literal
 import msgspec
 
 
-
 class Frame(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of all messages."""
 
@@ -66,7 +65,7 @@ class Adam(msgspec.Struct, frozen=True):
     clip: float = 0.0
 
 
-# -- commands -----------------------------------------------------------------------------------------------------------
+# -- commands ------------------------------------------------------------------------------------------------------
 
 
 class Command(Frame, frozen=True, tag=True):
@@ -173,7 +172,7 @@ class Drain(Command, frozen=True):
     """Finish what is queued, take nothing new. Replies `Closed` when nothing is left."""
 
 
-# -- replies ------------------------------------------------------------------------------------------------------------
+# -- replies -------------------------------------------------------------------------------------------------------
 
 
 class Reply(Frame, frozen=True, tag=True):

@@ -1,45 +1,49 @@
-"""The engine: packed mixed batches through one backbone, and a step of each adapter's optimiser.
+"""The engine: packed mixed batches through one backbone.
 
-In: examples with loss weights, each with the adapter it belongs to. Out: log-probabilities, losses, gradients in the
+In: examples or data, each with its loss and the adapter it belongs to. Out: log-probabilities, losses, gradients in the
 adapters. Sequences are packed end to end in micro-batches of bounded tokens; none sees another, and no padding is
 computed. Refuses to know text, files, users and schedules of runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
 from lorica.core.errors import DataError
+from lorica.data.datum import Datum, Floats
 from lorica.data.example import Example
-from lorica.data.packing import collate
+from lorica.data.packing import end_to_end
 from lorica.engine.checks import check_positions, check_tokens
 from lorica.engine.fast import fast_modules, frozen_maps
 from lorica.engine.host import Host, RowSpec
 from lorica.engine.route import Numbers, Stack, numbered
 from lorica.engine.trunk import Trunk
 from lorica.models.positions import uniform_positions
-from lorica.training.loss_head import chunked_cross_entropy, linear_cross_entropy, weighted
+from lorica.training.loss_head import chunked_logprobs, linear_logprobs
+from lorica.training.losses import CROSS_ENTROPY, Loss
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One example and the adapter (or stack, or None for the base) that it is for."""
+    """One example or datum, the adapter (or stack, or None for the base) that it is for, and its loss."""
 
-    example: Example
+    example: Example | Datum
     adapter: RowSpec
+    loss: Loss = CROSS_ENTROPY
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Result:
-    """Of one example: `loss = Σ_t w_t · −log p(x_t)`, its log-probabilities, one for each token after the first."""
+    """Of one example or datum: its loss, a sum over its targets, and the log-probabilities [M] of these."""
 
     loss: float
-    logprobs: tuple[float, ...]
+    logprobs: Floats
 
 
 class Engine:
@@ -58,7 +62,7 @@ class Engine:
         self.trunk = Trunk(host)
 
     def forward(self, items: Sequence[Item]) -> list[Result]:
-        """Losses and log-probabilities without gradients, dropout off. Examples need no trained token.
+        """Losses and log-probabilities without gradients, dropout off.
 
         Raises DataError naming the first wrong example, RouteError for unknown and deleted adapters.
         """
@@ -67,22 +71,19 @@ class Engine:
     def forward_backward(self, items: Sequence[Item]) -> list[Result]:
         """The same with gradients of the summed loss, accumulated into each adapter's own gradient row.
 
-        Also raises DataError when no token of the batch is trained. After an error all gradients are as before.
+        After an error all gradients are as before.
         """
-        if not any(item.example.trained for item in items):
-            where = f" (its first row is {items[0].example.where})" if items else ""
-            raise DataError(f"No token of this batch is trained: every loss weight is zero{where}.")
         return self._run(items, backward=True)
 
     def _run(self, items: Sequence[Item], *, backward: bool) -> list[Result]:
         stacks = self.host.stacks([item.adapter for item in items])
-        lengths, totals = self._check(items, stacks)
+        data, lengths, totals = self._check(items, stacks)
         alone = not self.trunk.packs()
         adapters = dict.fromkeys(adapter for stack in stacks for adapter in stack) if backward else {}
         before = {adapter: (adapter.grad.clone(), adapter.forwards) for adapter in adapters}
         for adapter in adapters:
             adapter.forwards += 1
-        call = _Call([i.example for i in items], stacks, numbered(stacks), {a: a.forwards for a in adapters})
+        call = _Call(data, [i.loss for i in items], stacks, numbered(stacks), {a: a.forwards for a in adapters})
         results: list[Result | None] = [None] * len(items)
         try:
             with self.trunk.modes(training=backward):
@@ -96,20 +97,24 @@ class Engine:
             raise
         return [result for result in results if result is not None]
 
-    def _check(self, items: Sequence[Item], stacks: Sequence[Stack]) -> tuple[list[int], list[int]]:
-        """Each row's length, soft prompts included, and its last position, prefixes included too. Raises DataError for
-        the first row that cannot be computed.
+    def _check(self, items: Sequence[Item], stacks: Sequence[Stack]) -> tuple[list[Datum], list[int], list[int]]:
+        """The data, each row's length, soft prompts included, and its last position, prefixes included too. Raises
+        DataError for the first row that cannot be computed.
         """
         names = [f"Example {i} ({item.example.where})" for i, item in enumerate(items)]
         for name, item in zip(names, items, strict=True):
-            if len(item.example) < 2:
+            if isinstance(item.example, Example) and len(item.example) < 2:
                 raise DataError(f"{name} has {len(item.example)} tokens; at least two are needed to predict one.")
-        check_tokens(self.host.backbone, [item.example.tokens for item in items], names)
+        data = [item.example.datum() for item in items]
+        for datum, item in zip(data, items, strict=True):
+            item.loss.check(datum)
+        check_tokens(self.host.backbone, [datum.tokens for datum in data], names)
+        check_tokens(self.host.backbone, [datum.targets for datum in data], [f"{name}, as a target," for name in names])
         virtual = self.trunk.virtual(stacks)
-        lengths = [len(item.example) - 1 + soft for item, (soft, _) in zip(items, virtual, strict=True)]
+        lengths = [len(datum) + soft for datum, (soft, _) in zip(data, virtual, strict=True)]
         totals = [length + prefix for length, (_, prefix) in zip(lengths, virtual, strict=True)]
         check_positions(self.host.backbone, totals, names)
-        return lengths, totals
+        return data, lengths, totals
 
     def _micro_batches(
         self, stacks: Sequence[Stack], lengths: Sequence[int], totals: Sequence[int], *, alone: bool
@@ -132,8 +137,8 @@ class Engine:
         return chunks
 
     def _micro(self, call: _Call, chunk: Sequence[int], backward: bool) -> list[Result]:
-        packed = collate([call.examples[i] for i in chunk])
-        targets_N, weights_N = self.trunk.tensor(packed.targets), self.trunk.tensor(packed.weights, torch.float32)
+        data = [call.data[i] for i in chunk]
+        packed = end_to_end([datum.tokens for datum in data])
         rows, numbers = [call.stacks[i] for i in chunk], [call.numbers[i] for i in chunk]
         with (
             torch.set_grad_enabled(backward),
@@ -141,25 +146,44 @@ class Engine:
             fast_modules(self.host.executor),
         ):
             hidden_ND = self.trunk.hidden(packed)
-            loss, logprobs_N = self._head(hidden_ND, targets_N, weights_N)
-            if backward and loss.requires_grad:
-                loss.backward()
-        results, start = [], 0
-        for length in packed.lengths.tolist():
-            span = slice(start, start + length)
-            own = logprobs_N[span]
-            results.append(Result(-float(weighted(own, weights_N[span]).sum()), tuple(own.tolist())))
-            start += length
-        return results
+            lps = self._logprobs(hidden_ND, data)
+            losses = [call.losses[i] for i in chunk]
+            terms = loss_terms(lps, losses, data)
+            total = torch.stack([terms_M.sum() for _, terms_M in terms]).sum()
+            if backward and total.requires_grad:
+                total.backward()
+        sums: list[float] = [0.0] * len(chunk)
+        for places, terms_M in terms:
+            pieces = terms_M.detach().split([len(data[i].targets) for i in places])
+            for place, value in zip(places, torch.stack([p.double().sum() for p in pieces]).tolist(), strict=True):
+                sums[place] = value
+        flat_M = torch.cat(lps).detach().cpu().numpy()
+        edges = np.cumsum([len(datum.targets) for datum in data])[:-1]
+        return [Result(loss, own) for loss, own in zip(sums, np.split(flat_M, edges), strict=True)]
 
-    def _head(self, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and log-probabilities: over frozen products where the head is nothing else, else through its module."""
+    def _logprobs(self, hidden_ND: Tensor, data: Sequence[Datum]) -> list[Tensor]:
+        """The log-probabilities of each datum's targets: over frozen products where the head is nothing else and a
+        position has one target, else through its module.
+        """
         backbone, host = self.host.backbone, self.host
         assert backbone.head is not None
         maps = frozen_maps(host.executor, backbone.head)
-        if maps is None or host.adapts_head() or backbone.transforms_logits:
-            return chunked_cross_entropy(hidden_ND, host.windowed(self._logits), targets_N, weights_N)
-        return linear_cross_entropy(hidden_ND, maps.forward, maps.back, maps.sizes[0], targets_N, weights_N)
+        plain = maps is not None and not host.adapts_head() and not backbone.transforms_logits
+        counts, head = [len(datum) for datum in data], host.windowed(self._logits)
+        if all(datum.crow is None for datum in data):
+            targets_N = self.trunk.tensor(np.concatenate([datum.targets for datum in data]))
+            if maps is None or not plain:
+                return list(chunked_logprobs(hidden_ND, head, targets_N).split(counts))
+            return list(linear_logprobs(hidden_ND, maps.forward, maps.back, maps.sizes[0], targets_N).split(counts))
+        found, start = [], 0
+        for datum, own_ND in zip(data, hidden_ND.split(counts), strict=True):
+            targets_M, crow = self.trunk.tensor(datum.targets), None if datum.crow is None else datum.crow.tolist()
+            if crow is None and maps is not None and plain:
+                found.append(linear_logprobs(own_ND, maps.forward, maps.back, maps.sizes[0], targets_M))
+            else:
+                found.append(chunked_logprobs(own_ND, _shifted(head, start), targets_M, crow=crow))
+            start += len(datum)
+        return found
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         backbone = self.host.backbone
@@ -167,11 +191,37 @@ class Engine:
         return backbone.logits_transform(backbone.head(hidden_ND))
 
 
+def _shifted(head: Callable[[Tensor, int], Tensor], by: int) -> Callable[[Tensor, int], Tensor]:
+    return lambda hidden_CD, start: head(hidden_CD, start + by)
+
+
+def loss_terms(lps: Sequence[Tensor], losses: Sequence[Loss], data: Sequence[Datum]) -> list[tuple[list[int], Tensor]]:
+    """For each different loss, which sequences have it, and their terms end to end."""
+    groups: dict[Loss, list[int]] = {}
+    for place, loss in enumerate(losses):
+        groups.setdefault(loss, []).append(place)
+    found = []
+    for loss, places in groups.items():
+        lp_M = torch.cat([lps[i] for i in places])
+        inputs = {}
+        for name in (*loss.inputs, *loss.optional):
+            default = loss.optional.get(name, 0.0)
+            values = [data[i].inputs.get(name) for i in places]
+            filled = [
+                np.full(len(data[i].targets), default, np.float32) if own is None else own
+                for i, own in zip(places, values, strict=True)
+            ]
+            inputs[name] = torch.as_tensor(np.concatenate(filled), device=lp_M.device).to(lp_M.dtype)
+        found.append((places, loss.terms(lp_M, inputs, [len(data[i].targets) for i in places])))
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """Of all rows of one call: examples, stacks, numbers; and which call it is for each adapter, while training."""
+    """Of all rows of one call: data, losses, stacks, numbers; and which call it is for each adapter, while training."""
 
-    examples: list[Example]
+    data: list[Datum]
+    losses: list[Loss]
     stacks: list[Stack]
     numbers: list[Numbers]
     counts: dict[Adapter, int]

@@ -1,12 +1,12 @@
-"""The loss head: cross-entropy of hidden states against an output embedding, without the logits of a whole batch.
+"""The loss head: log-probabilities of targets under an output embedding, without the logits of a whole batch.
 
-In: hidden states, the head (products with a frozen matrix, or any callable), targets and loss weights. Out: the
-weighted sum of −log p and every log-probability, exact. Refuses to know models and adapters.
+In: hidden states, the head (products with a frozen matrix, or any callable) and targets. Out: every log-probability,
+exact and differentiable; what loss is made of them is `losses`' matter. Refuses to know models and adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,33 +24,21 @@ ROWS = (32, 512)
 Product = Callable[[Tensor], Tensor]
 
 
-def weighted(logprobs_N: Tensor, weights_N: Tensor) -> Tensor:
-    """`w ⊙ log p`, zero where the weight is: a token that does not count may be impossible."""
-    return (logprobs_N * weights_N.to(logprobs_N.dtype)).masked_fill(weights_N == 0, 0.0)
+def linear_logprobs(
+    hidden_ND: Tensor, forward: Product, back: Product, vocabulary: int, targets_N: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """`lp_i = z_i[t_i] − logsumexp_v(z_i)` in nats, for logits `z = forward(h) = h Wᵀ + b` of a frozen head.
 
-
-def linear_cross_entropy(
-    hidden_ND: Tensor,
-    forward: Product,
-    back: Product,
-    vocabulary: int,
-    targets_N: Tensor,
-    weights_N: Tensor,
-    *,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`loss = Σ_i w_i (logsumexp_v(z_i) − z_i[t_i])` in nats, for logits `z = forward(h) = h Wᵀ + b` of a frozen head.
-
-    Returns (loss, log-probabilities [N] in float32, detached). `back(d) = d W`. The gradient with respect to `hidden`
-    is made in the forward pass, so that logits of at most `chunk` rows ever exist; without `chunk`, about as many as
-    `CHUNK_BYTES` hold.
+    Returns [N] in float32 (or wider). `back(d) = d W`. The slope `d lp_i / d h_i` is made in the forward pass, so that
+    logits of at most `chunk` rows ever exist, and any function of the log-probabilities can be differentiated; without
+    `chunk`, about as many rows as `CHUNK_BYTES` hold.
     """
     rows = chunk or chunk_rows(vocabulary, hidden_ND.element_size())
     wants_gradient = torch.is_grad_enabled() and hidden_ND.requires_grad
-    loss, logprobs_N = cast(Any, _LinearCrossEntropy).apply(
-        hidden_ND, targets_N, weights_N, forward, back if wants_gradient else None, rows
+    lp_N: Tensor = cast(Any, _LinearLogprobs).apply(
+        hidden_ND, targets_N, forward, back if wants_gradient else None, rows
     )
-    return loss, logprobs_N
+    return lp_N
 
 
 def chunk_rows(vocabulary: int, element: int) -> int:
@@ -59,20 +47,14 @@ def chunk_rows(vocabulary: int, element: int) -> int:
     return max(ROWS[0], min(ROWS[1], fitting // 16 * 16))
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        targets_N: Tensor,
-        weights_N: Tensor,
-        forward: Product,
-        back: Product | None,
-        chunk: int,
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, hidden_ND: Tensor, targets_N: Tensor, forward: Product, back: Product | None, chunk: int
+    ) -> Tensor:
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-        logprobs_N = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
-        dhidden_ND = None if back is None else torch.empty_like(hidden_ND)
+        lp_N = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
+        slopes_ND = None if back is None else torch.empty_like(hidden_ND)
         # two buffers for all chunks: fresh memory of this size costs more than what is computed in it
         logp_buffer, p_buffer = torch.empty(0, dtype=wide), torch.empty(0, dtype=hidden_ND.dtype)
         for start in range(0, hidden_ND.shape[0], chunk):
@@ -84,47 +66,57 @@ class _LinearCrossEntropy(torch.autograd.Function):
             torch.log_softmax(logp_CV, -1, out=logp_CV)
             target_C1 = targets_N[span, None]
             logp_C1 = logp_CV.gather(1, target_C1)
-            logprobs_N[span] = logp_C1[:, 0]
-            if back is not None and dhidden_ND is not None:
+            lp_N[span] = logp_C1[:, 0]
+            if back is not None and slopes_ND is not None:
                 p_CV = p_buffer[: logits_CV.shape[0]].copy_(logp_CV.exp_())
                 # p − 1 of the target apart: p itself may be rounded to 1
                 p_CV.scatter_(1, target_C1, logp_C1.expm1().to(p_CV.dtype))
-                own_CD = torch.mul(back(p_CV), weights_N[span, None], out=dhidden_ND[span])
-                own_CD.masked_fill_(weights_N[span, None] == 0, 0.0)
-        if dhidden_ND is not None:
-            ctx.save_for_backward(dhidden_ND)
-        ctx.mark_non_differentiable(logprobs_N)
-        return -weighted(logprobs_N, weights_N).sum(), logprobs_N
+                slopes_ND[span] = back(p_CV)
+        if slopes_ND is not None:
+            ctx.save_for_backward(slopes_ND)
+        return lp_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dhidden_ND,) = ctx.saved_tensors
-        return dhidden_ND * grads[0].to(dhidden_ND.dtype), None, None, None, None, None
+        (slopes_ND,) = ctx.saved_tensors
+        grad_N1 = -grads[0][:, None]
+        dhidden_ND = torch.mul(slopes_ND, grad_N1, out=torch.empty_like(slopes_ND))
+        # a token that does not count may be impossible, and its slope then no number
+        return dhidden_ND.masked_fill_(grad_N1 == 0, 0.0), None, None, None, None
 
 
-def chunked_cross_entropy(
+def chunked_logprobs(
     hidden_ND: Tensor,
     head: Callable[[Tensor, int], Tensor],
-    targets_N: Tensor,
-    weights_N: Tensor,
+    targets_M: Tensor,
     *,
+    crow: Sequence[int] | None = None,
     chunk: int = 256,
-) -> tuple[Tensor, Tensor]:
-    """The same for a head that is trained or transforms its logits; each chunk's logits are made again in the
-    backward pass.
+) -> Tensor:
+    """The same for a head that is trained or transforms its logits, and for several targets a position; each chunk's
+    logits are made again in the backward pass.
 
-    `head(hidden[start : start + n], start)` gives the logits of n positions.
+    `head(hidden[start : start + n], start)` gives the logits of n positions. `crow` [N + 1]: which of the M targets
+    are each position's; None with one for each. Returns [M].
     """
-    pieces = [
-        checkpoint(_chunk, head, s, hidden_ND[s : s + chunk], targets_N[s : s + chunk], use_reentrant=False)
-        for s in range(0, hidden_ND.shape[0], chunk)
-    ]
-    logprobs_N = torch.cat(pieces)
-    return -weighted(logprobs_N, weights_N).sum(), logprobs_N.detach()
+    count = hidden_ND.shape[0]
+    pieces = []
+    for start in range(0, count, chunk):
+        stop = min(count, start + chunk)
+        first, last = (start, stop) if crow is None else (crow[start], crow[stop])
+        rows_M = torch.arange(stop - start, device=hidden_ND.device)
+        if crow is not None:
+            own = torch.tensor(crow[start : stop + 1], device=hidden_ND.device)
+            rows_M = rows_M.repeat_interleave(own.diff())
+        part = hidden_ND[start:stop]
+        pieces.append(checkpoint(_chunk, head, start, part, rows_M, targets_M[first:last], use_reentrant=False))
+    return torch.cat(pieces)
 
 
-def _chunk(head: Callable[[Tensor, int], Tensor], start: int, hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+def _chunk(
+    head: Callable[[Tensor, int], Tensor], start: int, hidden_CD: Tensor, rows_M: Tensor, targets_M: Tensor
+) -> Tensor:
     logits_CV = head(hidden_CD, start)
     logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1)
+    return logits_CV[rows_M, targets_M] - logits_CV.logsumexp(-1)[rows_M]
