@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from lorica.methods import all_methods
-from scripts.docs import cli_page, config_page, errors_page, python_page
+from scripts.docs import cli_page, config_page, errors_page, losses_page, python_page
 from scripts.docs.method_tables import with_methods, with_settings
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -26,6 +26,7 @@ def pages() -> dict[Path, Callable[[], str]]:
         DOCS / "reference" / "cli.md": cli_page.page,
         DOCS / "reference" / "config.md": config_page.page,
         DOCS / "reference" / "errors.md": errors_page.page,
+        DOCS / "reference" / "losses.md": losses_page.page,
         DOCS / "reference" / "python.md": python_page.page,
     }
     for name in all_methods():
