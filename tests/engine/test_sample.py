@@ -9,7 +9,6 @@ from lorica.core.errors import DataError, MethodError, RouteError
 from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
-from lorica.engine.kv_cache import KVCache
 from lorica.engine.sample import generate
 from lorica.methods.delta import Delta
 from lorica.methods.dora import DoRA
@@ -215,19 +214,6 @@ def test_prompts_beyond_one_passes_budget_are_read_in_several(monkeypatch):
     whole = generate(host, rows, params)
     monkeypatch.setattr("lorica.engine.sample.PROMPT_BUDGET", 10)
     assert [s.tokens for s in generate(host, rows, params)] == [s.tokens for s in whole]
-
-
-def test_a_cache_is_not_allocated_anew_at_each_step():
-    cache = KVCache([4, 2], [0, 0], limit=60, device=torch.device("cpu"))
-    module = torch.nn.Identity()
-    cache.fill(module, torch.ones(1, 2, 6, 8), torch.ones(1, 2, 6, 8), [4, 2], [None, None])
-    places = set()
-    for _ in range(40):
-        cache.advance()
-        cache.attend(module, torch.ones(2, 4, 1, 8), torch.ones(2, 2, 1, 8), torch.ones(2, 2, 1, 8))
-        places.add(cache._layers[module][0].data_ptr())
-    assert len(places) == 1
-    assert cache.positions().tolist() == [[43], [41]]
 
 
 def test_positions_beyond_the_models_are_refused_and_the_hint_says_what_fits():

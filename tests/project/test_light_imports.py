@@ -65,7 +65,8 @@ def state():
 before = state()
 import pkgutil, importlib, lorica
 for info in pkgutil.walk_packages(lorica.__path__, "lorica."):
-    importlib.import_module(info.name)
+    if ".migrations." not in info.name:  # scripts that Alembic runs
+        importlib.import_module(info.name)
 changed = [
     name for was, now in zip(before, state()) for name in was
     if was[name] != now.get(name) and name not in ("_sync", "_inductor", "_dynamo")

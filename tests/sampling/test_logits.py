@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorica.core.errors import ConfigError
 from lorica.sampling.logits import generators, pick, truncate
 from lorica.sampling.params import SamplingParams
 
@@ -86,3 +87,46 @@ def test_logits_of_any_dtype_are_accepted(dtype):
     params = SamplingParams(temperature=1.0, top_p=0.9)
     chosen, logprob = pick(scores(1).to(dtype), params, generators(3, params))
     assert chosen.shape == logprob.shape == (3,)
+
+
+SETTINGS = [
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.6, top_k=3),
+    SamplingParams(temperature=2.0, top_p=0.4),
+    SamplingParams(temperature=1.3, top_k=5, top_p=0.8, seed=4),
+    SamplingParams(temperature=1.0, top_k=1),
+]
+
+
+@given(seed=st.integers(0, 10_000), order=st.permutations(range(len(SETTINGS))))
+def test_rows_with_settings_of_their_own_are_what_each_is_alone(seed, order):
+    logits, params = scores(seed, rows=len(order)), [SETTINGS[i] for i in order]
+    chosen, logprobs = pick(logits, params, [generators(1, own)[0] for own in params])
+    for row, own in enumerate(params):
+        alone, logprob = pick(logits[row : row + 1], own, generators(1, own))
+        assert (int(chosen[row]), float(logprobs[row])) == (int(alone[0]), pytest.approx(float(logprob[0]), abs=1e-6))
+        torch.testing.assert_close(truncate(logits, params)[row], truncate(logits[row : row + 1], own)[0])
+
+
+def test_a_temperature_of_next_to_nothing_is_greedy():
+    logits = scores(5)
+    for temperature in (1e-30, 1e-45, 1e-300):
+        params = SamplingParams(temperature=temperature, top_p=0.5, top_k=4)
+        assert torch.equal(pick(logits, params, generators(3, params))[0], logits.argmax(-1))
+
+
+def test_row_i_of_a_call_that_begins_later_draws_as_row_i_of_the_whole():
+    whole, late = generators(5, SamplingParams(seed=3)), generators(2, SamplingParams(seed=3), first=3)
+    assert [r.initial_seed() for r in whole[3:]] == [r.initial_seed() for r in late]
+
+
+def test_what_ends_a_sample():
+    params = SamplingParams(stop_ids=(4,), stop_sequences=((1, 2, 3), (7,)))
+    assert [params.stops(list(tokens)) for tokens in ((4,), (1, 2, 3), (2, 3), (9, 7), (1, 2, 3, 5))] == [
+        *(True, True, False, True, False),
+    ]
+    with pytest.raises(ConfigError, match="empty sequence"):
+        SamplingParams(stop_sequences=((),))
+    with pytest.raises(ConfigError, match="temperature"):
+        SamplingParams(temperature=float("inf"))

@@ -1,21 +1,87 @@
 """Linear sites while rows are sampled token by token: few rows, the same adapters at every step, no gradients.
 
-In: an executor under a route of one token a row. Out: stand-ins for the forwards of its linear modules, for the time of
-a `with`. Maps of one input (q, k and v; gate and up) are one product, and the rows' factors are gathered once. What has
-no such form keeps its own forward. Refuses to know caches, sampling and methods.
+In: an executor, the stack of each row. Out: stand-ins for the forwards of its linear modules, to be used step after
+step. Maps of one input (q, k and v; gate and up) are one product, and the rows' factors are gathered once. What has no
+such form keeps its own forward. Refuses to know caches, sampling and methods.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lorica.adapters.adapter import Adapter
+from lorica.core.update import LinearUpdate, Update
 from lorica.engine.executor import Executor
-from lorica.engine.factors import GroupFactors, factors_of
-from lorica.engine.groups import Group, Shared, Stand, groups_of, standing_in
+from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
+from lorica.engine.groups import Group, Shared, Stand, groups_of
+from lorica.engine.route import Stack
+
+IDLE = 8
+"""Updates of so many adapters without rows are kept for the next ones."""
+Forwards = list[tuple[nn.Module, Stand]]
+
+
+class Updates:
+    """The updates of adapters that do not change while they have rows, lowered and folded once.
+
+    Attributes: `memo` is what an executor's is while these rows are computed.
+    """
+
+    def __init__(self) -> None:
+        self.memo: dict[tuple[str, Adapter], Update] = {}
+        self._folds: dict[Stack, dict[tuple[str, torch.dtype], Folded | None]] = {}
+        self._stamps: dict[Adapter, tuple[int, int]] = {}
+
+    def use(self, adapters: Iterable[Adapter]) -> None:
+        """These have rows now. Forgets what changed since, and who has had none for long."""
+        for adapter in adapters:
+            before, now = self._stamps.pop(adapter, None), stamp(adapter)
+            self._stamps[adapter] = now  # the last in the order
+            if before is not None and before != now:
+                self._drop({adapter})
+
+    def tidy(self, present: frozenset[Adapter]) -> None:
+        """Forget all but these and the last few others."""
+        idle = [adapter for adapter in self._stamps if adapter not in present]
+        self.forget(idle[: max(0, len(idle) - IDLE)])
+
+    def known(self) -> list[Adapter]:
+        """Whose updates are kept."""
+        return list(self._stamps)
+
+    def forget(self, adapters: Iterable[Adapter]) -> None:
+        gone = set(adapters)
+        if gone:
+            self._drop(gone)
+            for adapter in gone:
+                self._stamps.pop(adapter, None)
+
+    def _drop(self, gone: set[Adapter]) -> None:
+        for key in [key for key in self.memo if key[1] in gone]:
+            del self.memo[key]
+        for stack in [stack for stack in self._folds if not gone.isdisjoint(stack)]:
+            del self._folds[stack]
+
+    def folded(self, executor: Executor, site: str, stack: Stack, dtype: torch.dtype) -> Folded | None:
+        """A stack's update at a site; None where it has no folded form."""
+        own = self._folds.setdefault(stack, {})
+        if (site, dtype) not in own:
+            updates = [executor.lowered(adapter, site) for adapter in stack if site in adapter.layout.sites]
+            linear = [u for u in updates if isinstance(u, LinearUpdate)]
+            found = fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING
+            if found is not None and found.B_RO is not None:  # it is copied into a stack again and again
+                found = replace(found, B_RO=found.B_RO.contiguous())
+            own[site, dtype] = found
+        return own[site, dtype]
+
+
+def stamp(adapter: Adapter) -> tuple[int, int]:
+    """Another one where an adapter's values are others."""
+    return id(adapter.flat), adapter.flat._version
 
 
 class _Step(Shared):
@@ -34,17 +100,47 @@ class _Step(Shared):
         return [y] if len(self.group.maps.sizes) == 1 else list(y.split(self.group.maps.sizes, dim=-1))
 
 
-@contextmanager
-def stepwise_linears(executor: Executor) -> Iterator[None]:
-    """Inside, the linear modules expect one token of each row of the present route."""
-    backbone, route = executor.backbone, executor.live_route()
-    plain = executor.compute in (None, backbone.dtype) and not torch.is_autocast_enabled(backbone.device.type)
-    forwards = []
-    for group in groups_of(executor) if plain else []:
+def step_forwards(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Forwards:
+    """Stand-ins for linear modules that expect one token of each of these rows; neighbours of one stack share."""
+    backbone = executor.backbone
+    if executor.compute not in (None, backbone.dtype) or torch.is_autocast_enabled(backbone.device.type):
+        return []
+    forwards: Forwards = []
+    for group in groups_of(executor):
         if not group.free:
             continue
-        factors, slow = factors_of(executor, [m.site for m in group.members], () if route is None else route.stacks)
+        factors, slow = _factors(executor, [m.site for m in group.members], stacks, updates)
         step = _Step(group, factors)
         forwards += [(m.module, Stand(step, i)) for i, m in enumerate(group.members) if i not in slow]
-    with standing_in(forwards):
-        yield
+    return forwards
+
+
+def _factors(
+    executor: Executor, sites: Sequence[str], stacks: Sequence[Stack], updates: Updates
+) -> tuple[GroupFactors | None, frozenset[int]]:
+    """The factors of the rows' stacks at maps of one input, and which of the maps must go the general way."""
+    runs: list[tuple[int, int]] = []
+    distinct: list[Stack] = []
+    for row, stack in enumerate(stacks):
+        if distinct and distinct[-1] == stack:
+            runs[-1] = (runs[-1][0], row + 1)
+        else:
+            distinct.append(stack)
+            runs.append((row, row + 1))
+    weight = executor.backbone.weight(sites[0]).matrix()
+    few = len(distinct) <= FEW and weight.device.type == "cpu"
+    dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
+    slow: set[int] = set()
+    maps: list[list[Folded]] = []
+    for i, site in enumerate(sites):
+        column = [updates.folded(executor, site, stack, dtype) for stack in distinct]
+        whole = [f for f in column if f is not None]
+        # the other maps of a group read the input unscaled
+        if len(whole) < len(column) or (len(sites) > 1 and any(f.in_scale_I is not None for f in whole)):
+            slow.add(i)
+            whole = [NOTHING] * len(distinct)
+        maps.append(whole)
+    if all(f is NOTHING for column in maps for f in column):
+        return None, frozenset(slow)
+    sizes = [executor.backbone.weight(site).matrix().shape[0] for site in sites]
+    return GroupFactors(maps, sizes, runs, len(stacks)), frozenset(slow)

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 
 from lorica.core.update import LinearUpdate
-from lorica.engine.executor import Executor
-from lorica.engine.route import Stack
 
 FEW = 4
 """Up to so many distinct stacks, factors of a half-precision base are float32 on a CPU, whose small products are
@@ -190,41 +188,3 @@ def _rowwise(
                 out[start:stop, first : first + size] = part
         first += size
     return out
-
-
-def factors_of(
-    executor: Executor, sites: Sequence[str], stacks: Sequence[Stack]
-) -> tuple[GroupFactors | None, frozenset[int]]:
-    """The factors of the rows' stacks at maps of one input, and which of the maps must go the general way."""
-    runs: list[tuple[int, int]] = []
-    distinct: list[Stack] = []
-    for row, stack in enumerate(stacks):
-        if distinct and distinct[-1] == stack:
-            runs[-1] = (runs[-1][0], row + 1)
-        else:
-            distinct.append(stack)
-            runs.append((row, row + 1))
-    weight = executor.backbone.weight(sites[0]).matrix()
-    few = len(distinct) <= FEW and weight.device.type == "cpu"
-    dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
-    slow: set[int] = set()
-    maps: list[list[Folded]] = []
-    for i, site in enumerate(sites):
-        column = [_folded(executor, site, stack, dtype) for stack in distinct]
-        whole = [f for f in column if f is not None]
-        # the other maps of a group read the input unscaled
-        if len(whole) < len(column) or (len(sites) > 1 and any(f.in_scale_I is not None for f in whole)):
-            slow.add(i)
-            whole = [NOTHING] * len(distinct)
-        maps.append(whole)
-    if all(f is NOTHING for column in maps for f in column):
-        return None, frozenset(slow)
-    sizes = [executor.backbone.weight(site).matrix().shape[0] for site in sites]
-    return GroupFactors(maps, sizes, runs, len(stacks)), frozenset(slow)
-
-
-def _folded(executor: Executor, site: str, stack: Stack, dtype: torch.dtype) -> Folded | None:
-    """A stack's update at a site; None where it has no folded form."""
-    updates = [executor.lowered(adapter, site) for adapter in stack if site in adapter.layout.sites]
-    linear = [u for u in updates if isinstance(u, LinearUpdate)]
-    return fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING

@@ -1,0 +1,157 @@
+"""Requests on their way: which draws wait, what each row has sampled so far, and what a step's logits make of it.
+
+In: requests, what was found of their prompts, logits. Out: tokens and log-probabilities in the rows, events. Refuses to
+know models, caches and routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorica.core.errors import FormatError
+from lorica.engine.kv_lane import Place
+from lorica.engine.prompts import Read
+from lorica.engine.requests import Event, Failed, Finished, Result, Sample, StreamRequest, Token, TopK
+from lorica.sampling.logits import choose, generators, likeliest
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """A request on its way.
+
+    Attributes:
+        total: virtual and real positions of the prompt, `prefix` those of prefixes; need: the most positions of a row.
+        stepwise: whether its rows go on behind kept keys, and not by a pass over all of them for every token.
+        pending: how many draws have no row yet, the last ones; rows: those that are being sampled.
+        over: finished, failed or cancelled; nothing more is to be computed.
+    """
+
+    request: StreamRequest
+    total: int
+    prefix: int
+    stepwise: bool
+    pending: int = 0
+    read: Read | None = None
+    cached: int = 0
+    rows: list[Row] = field(default_factory=list)
+    samples: dict[int, Sample] = field(default_factory=dict)
+    over: bool = False
+
+    @property
+    def need(self) -> int:
+        return self.total + max(self.request.params.max_tokens, 1) - 1  # the last token is not fed
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a sample may be longer than what the prompt's pass gives."""
+        return self.request.params.max_tokens > 1
+
+    def start(self, read: Read, events: list[Event]) -> None:
+        """The prompt was read. A request that asked for nothing else is finished."""
+        self.read = read
+        scores = read.logprobs if self.request.scores_prompt else None
+        if scores is not None and np.isnan(scores[1:]).any():
+            self.fail(self.no_number("its prompt"), events)
+        else:
+            self._finish(events)
+
+    def next_row(self) -> Row:
+        """The row of the next draw."""
+        request = self.request
+        index = request.num_samples - self.pending
+        self.pending -= 1
+        row = Row(self, index, generators(1, request.params, first=request.first + index)[0])
+        self.rows.append(row)
+        return row
+
+    def close_row(self, row: Row, events: list[Event]) -> None:
+        """A row is done. With the last one the request is finished."""
+        self.rows.remove(row)
+        self.samples[row.index] = row.sample()
+        self._finish(events)
+
+    def _finish(self, events: list[Event]) -> None:
+        if self.over or self.pending or self.rows:
+            return
+        self.over = True
+        assert self.read is not None
+        samples = tuple(self.samples[index] for index in sorted(self.samples))
+        logprobs = self.read.logprobs if self.request.prompt_logprobs else None
+        events.append(Finished(self.request.key, Result(samples, logprobs, self.read.topk, self.cached)))
+
+    def fail(self, error: Exception, events: list[Event]) -> None:
+        if not self.over:
+            self.over = True
+            events.append(Failed(self.request.key, error))
+
+    def no_number(self, where: str) -> FormatError:
+        names = ", ".join(repr(adapter.name) for adapter in self.request.stack)
+        who = f"The adapter {names}" if len(self.request.stack) == 1 else f"The stack of adapters {names}"
+        return FormatError(
+            f"{who if names else 'The model'} gives log-probabilities that are no numbers at {where}.",
+            hint="Its weights are too large, or not finite." if names else None,
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """Draw `index` of a job. `place` is where its keys are, None without."""
+
+    job: Job
+    index: int
+    rng: torch.Generator
+    place: Place | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    topk: list[tuple[list[int], list[float]]] = field(default_factory=list)
+    stopped: bool = False
+    done: bool = False
+
+    @property
+    def dead(self) -> bool:
+        """Whether nothing more is to be computed for it."""
+        return self.done or self.job.over
+
+    def take(self, token: int, logprob: float) -> None:
+        params = self.job.request.params
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.stopped = params.stops(self.tokens)
+        self.done = self.stopped or len(self.tokens) >= params.max_tokens
+
+    def sample(self) -> Sample:
+        k, topk = self.job.request.topk_sample, None
+        if k:
+            topk = TopK.empty(len(self.tokens), k)
+            for at, (ids, values) in enumerate(self.topk):
+                topk.ids[at, : len(ids)] = ids
+                topk.logprobs[at, : len(values)] = values
+        return Sample(tuple(self.tokens), tuple(self.logprobs), self.stopped, topk)
+
+
+def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event]) -> None:
+    """The next token of each row; a row whose logits are no numbers fails its job."""
+    logprobs_RV = logits_RV.float().log_softmax(-1)
+    chosen_R = choose(logprobs_RV, [row.job.request.params for row in rows], [row.rng for row in rows])
+    values = logprobs_RV.gather(-1, chosen_R[:, None])[:, 0].tolist()
+    wrong = logprobs_RV[:, 0].isnan().tolist()  # one value that is no number leaves none in its row
+    asked = [i for i, row in enumerate(rows) if row.job.request.topk_sample]
+    if asked:
+        most = max(rows[i].job.request.topk_sample for i in asked)
+        ids_AK, values_AK = likeliest(logprobs_RV[torch.tensor(asked, device=logprobs_RV.device)], most)
+        for i, ids, own in zip(asked, ids_AK.tolist(), values_AK.tolist(), strict=True):
+            k = rows[i].job.request.topk_sample
+            rows[i].topk.append((ids[:k], own[:k]))
+    for row, token, logprob, bad in zip(rows, chosen_R.tolist(), values, wrong, strict=True):
+        if row.job.over:
+            continue
+        if bad:
+            row.job.fail(row.job.no_number(f"token {len(row.tokens)} of sample {row.index}"), events)
+            continue
+        row.take(token, logprob)
+        events.append(Token(row.job.request.key, row.index, token, logprob))
