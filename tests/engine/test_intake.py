@@ -103,7 +103,7 @@ def test_a_micro_batch_may_mix_losses_and_layouts() -> None:
             message(target_tokens=array(np.ones(3, np.int64)), weights=array(np.ones(2, np.float32))),
             "weights has shape",
         ),
-        (message(target_tokens=commands.Array(b"123", "int64", (3,))), "3 bytes, they do not make"),
+        (message(target_tokens=commands.Array(b"123", "int64", (3,))), "3 bytes; they do not make"),
         (message(target_tokens=commands.Array(b"", "object", (0,))), "is 'object'"),
         (message(target_tokens=commands.Array(b"", "int64", (-1, 0))), "do not make"),
         (message(target_tokens=commands.Csr(*[array(np.zeros(1, np.int64))] * 3, (3, 10**12))), "at most"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
 from lorica.adapters.targets import Targets, select
-from lorica.core.errors import ConfigError, MethodError
+from lorica.core.errors import ConfigError, FormatError, MethodError
 from lorica.methods import make_method
 from lorica.models import tiny
-from lorica.training.optimizer import AdamWConfig, AdapterOptimizer, ScheduleName, schedule
+from lorica.training.optimizer import AdamStep, AdamWConfig, AdapterOptimizer, ScheduleName, schedule
 
 
 def adapter(method: str, **fields: object) -> Adapter:
@@ -139,3 +140,85 @@ def test_a_cast_to_what_it_is_already_keeps_adapter_and_optimiser_together() -> 
         optimizer.step()
     assert torch.equal(a.flat, b.flat)
     assert not torch.equal(a.flat, adapter("lora").flat)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "norm"])
+def test_settings_of_each_step_act_as_torch_does_with_them(method: str) -> None:
+    a = adapter(method)
+    twin = torch.nn.Parameter(a.flat.clone())
+    theirs = torch.optim.AdamW([twin])
+    ours = AdapterOptimizer(a)
+    decays = [span for span in a.layout.groups if not span.decay]
+    for step, settings in enumerate([AdamStep(0.1, (0.5, 0.9), 1e-3, 0.0), AdamStep(0.01, (0.0, 0.0), 1e4, 0.5)]):
+        fill_gradients(a, step)
+        twin.grad = a.grad.clone()
+        before = twin.detach().clone()
+        group = theirs.param_groups[0]
+        group.update(lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
+        ours.step(settings)
+        theirs.step()
+        for span in decays:  # torch decayed these; we must not
+            twin.data[span.start : span.stop] += settings.lr * settings.weight_decay * before[span.start : span.stop]
+        torch.testing.assert_close(a.flat, twin.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_moments_are_made_by_the_first_step() -> None:
+    a = adapter("lora")
+    optimizer = AdapterOptimizer(a)
+    assert optimizer.tensors() == {} and a._grad is None
+    optimizer.step(AdamStep(0.1))
+    assert {name: row.shape for name, row in optimizer.tensors().items()} == {
+        "exp_avg": a.flat.shape,
+        "exp_avg_sq": a.flat.shape,
+    }
+
+
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_an_optimiser_that_was_taken_and_given_back_continues_bit_for_bit(done: int) -> None:
+    a, b = adapter("dora"), adapter("dora")
+    first, second = AdapterOptimizer(a), AdapterOptimizer(b)
+    for step in range(done):
+        fill_gradients(a, step)
+        first.step(AdamStep(0.05, weight_decay=0.1))
+    b.flat.copy_(a.flat)
+    second.restore(first.tensors(), first.done)
+    for step in range(3):
+        for x, optimizer in ((a, first), (b, second)):
+            fill_gradients(x, 10 + step)
+            optimizer.step(AdamStep(0.05, weight_decay=0.1, clip=0.5))
+    assert torch.equal(a.flat, b.flat)
+    assert all(torch.equal(first.tensors()[name], second.tensors()[name]) for name in first.tensors())
+
+
+def test_moments_of_another_adapter_are_refused() -> None:
+    small, large = AdapterOptimizer(adapter("lora", rank=2)), AdapterOptimizer(adapter("lora", rank=3))
+    small.step(AdamStep(0.1))
+    with pytest.raises(FormatError, match="'exp_avg' has shape"):
+        large.restore(small.tensors(), 1)
+    with pytest.raises(FormatError, match="after 1 steps has exp_avg and exp_avg_sq; this one has none"):
+        large.restore({}, 1)
+
+
+@pytest.mark.parametrize("lr", [1e30, 1e38, 1e300])
+def test_an_absurd_rate_spoils_its_own_adapter_and_raises_nothing(lr: float) -> None:
+    a = adapter("lora").to(dtype=torch.float32)
+    optimizer = AdapterOptimizer(a)
+    for step in range(3):
+        fill_gradients(a, step)
+        optimizer.step(AdamStep(lr, weight_decay=0.1))
+    assert not (a.flat.abs() < 1e20).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"lr": math.inf}, "lr is inf"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": 0.1, "betas": (0.9, 1.0)}, "beta2 is 1.0"),
+        ({"lr": 0.1, "eps": math.nan}, "eps is nan"),
+        ({"lr": 0.1, "clip": -1.0}, "clip is -1.0"),
+    ],
+)
+def test_settings_that_no_step_can_have_are_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        AdamStep(**fields)
