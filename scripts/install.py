@@ -102,6 +102,9 @@ def main() -> None:
         [*PIP, "install", "-qq", "-c", str(ROOT / "constraints.txt"), "-e", target], check=False
     ).returncode:
         stop("pip could not install lorica's dependencies; look at pip's message above.")
+    if {"dev", "serve"} & set(extras):
+        # the dashboard works without its charts, so nothing stops for them
+        subprocess.run([*PIP[:1], "-m", "lorica.server.assets"], stdout=subprocess.DEVNULL, check=False)
     stamp.write_text(wanted)
 
 

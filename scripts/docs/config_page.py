@@ -9,10 +9,12 @@ from pydantic import BaseModel
 
 from lorica.adapters.targets import KEYWORDS, Targets
 from lorica.core.config import Config
+from lorica.engine.settings import EngineSettings
 from lorica.methods import all_methods
 from lorica.recipes.config import DataConfig, SFTConfig
 from lorica.recipes.configs import shipped
 from lorica.sampling.params import SamplingParams
+from lorica.server.settings import Limits, Settings, Snapshots
 from lorica.training.optimizer import AdamWConfig
 from scripts.docs.markdown import GENERATED, code, default_value, first_sentence, limits, table, type_name
 
@@ -22,6 +24,10 @@ SECTIONS: tuple[tuple[str, type[Config]], ...] = (
     ("`optimizer`", AdamWConfig),
     ("`targets`", Targets),
     ("Sampling", SamplingParams),
+    ("`lorica serve`", Settings),
+    ("`limits`", Limits),
+    ("`snapshots`", Snapshots),
+    ("`engine`", EngineSettings),
 )
 
 

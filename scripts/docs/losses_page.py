@@ -29,7 +29,7 @@ def page() -> str:
     parts += [
         "## What is refused",
         "\n".join(f"- `{name}`: {said}." for name, said in UNPUBLISHED.items()),
-        "An input that a loss does not read is an error, as is one that is not finite. A token whose weight or advantage "
-        "is 0 adds nothing, even where it is impossible (`dro`'s penalty is over every token).",
+        "An input that a loss does not read is an error, as is one that is not finite. A token whose weight or "
+        "advantage is 0 adds nothing, even where it is impossible (`dro`'s penalty is over every token).",
     ]
     return "\n\n".join(parts) + "\n"

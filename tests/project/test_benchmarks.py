@@ -17,6 +17,7 @@ SMALL = {
     "decode": ["--width=128", "--tokens=2", "--rounds=1", "--tenants=2"],
     "loss_head": ["--vocabularies=500", "--rounds=1"],
     "scale": ["--count=20", "--peft=2", "--rounds=1"],
+    "server": ["--tenants=1,2", "--steps=1", "--idle=2", "--samplers=2", "--tokens=2", "--rounds=1"],
 }
 """Flags that make each benchmark quick."""
 

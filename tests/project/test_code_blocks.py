@@ -1,7 +1,7 @@
 """Every Python block of the README and the docs runs, and every shipped config trains.
 
 The blocks of a page run in order, in one namespace and one empty working directory. A block whose fence says `slow`
-makes the whole page a slow test.
+makes the whole page a slow test; `server` too, and then a server runs, and the environment says where.
 """
 
 from __future__ import annotations
@@ -32,12 +32,26 @@ def pages():
 
 
 def marks(page):
-    return [pytest.mark.slow] if any("slow" in info.split() for _, info, _ in blocks(page)) else []
+    return [pytest.mark.slow] if any({"slow", "server"} & set(info.split()) for _, info, _ in blocks(page)) else []
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """The environment of a client whose server runs."""
+    from tests.server.conftest import Process
+
+    server = Process(tmp_path_factory.mktemp("served"))
+    server.start()
+    yield {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": server.key, "TINKER_TELEMETRY": "0"}
+    assert server.terminate() == 0
 
 
 @pytest.mark.parametrize("page", pages())
-def test_every_python_block_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_every_python_block_of_a_page_runs(page, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
+    if any("server" in info.split() for _, info, _ in blocks(page)):
+        for name, value in request.getfixturevalue("served").items():
+            monkeypatch.setenv(name, value)
     namespace = {"__name__": "__main__"}
     with torch.random.fork_rng(devices=[]):
         for line, _, source in blocks(page):

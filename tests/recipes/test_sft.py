@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorica.core.errors import ConfigError, MethodError, ResumeError, StorageError
+from lorica.core.errors import MethodError, MissingError, ResumeError, StorageError
 from lorica.recipes import sft
 from lorica.recipes.config import SFTConfig, to_yaml
 from lorica.recipes.rundir import RunDir
@@ -182,5 +182,5 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(config: MakeCon
 def test_a_gpu_that_is_not_there_is_said(config: MakeConfig) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(ConfigError, match="torch sees no GPU"):
+    with pytest.raises(MissingError, match="'cuda' is not available"):
         sft.plan(config(device="cuda"))

@@ -57,19 +57,21 @@ def test_several_targets_a_position_are_those_of_one_each(chunk: int, counts: li
     targets, weights = torch.randint(V, (len(rows),), generator=rng), torch.randn(len(rows), generator=rng)
     crow = [0, *torch.tensor(counts).cumsum(0).tolist()]
     expected = (hidden @ weight.T).log_softmax(-1)[rows, targets]
-    found = chunked_logprobs(hidden, lambda h, start: h @ weight.T, targets, crow=crow, chunk=chunk)
+    found = chunked_logprobs(hidden, lambda h, start: h @ weight.T, targets, vocabulary=V, crow=crow, chunk=chunk)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     one, two = (torch.autograd.grad((lp * weights).sum(), hidden)[0] for lp in (found, expected))
     torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
 
 
-@given(st.integers(1, 2 * N))
-def test_a_head_that_is_trained_gets_the_plain_gradient(chunk: int) -> None:
+@given(st.integers(1, 2 * N), st.booleans())
+def test_a_head_that_is_trained_gets_the_plain_gradient(chunk: int, keep: bool) -> None:
     hidden, weight, targets, weights = given_rows()
     weight = weight.requires_grad_(True)
     expected, _ = plain(hidden, weight, targets, weights)
     slopes = torch.autograd.grad(expected, (hidden, weight))
-    found = summed(chunked_logprobs(hidden, lambda h, start: h @ weight.T, targets, chunk=chunk), weights)
+    found = summed(
+        chunked_logprobs(hidden, lambda h, start: h @ weight.T, targets, vocabulary=V, chunk=chunk, keep=keep), weights
+    )
     for one, two in zip(torch.autograd.grad(found, (hidden, weight)), slopes, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
 
@@ -92,7 +94,7 @@ def test_products_that_stand_in_for_the_head_are_used_in_both_directions() -> No
 
 
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
-    hidden, weight, targets, weights = given_rows()
+    hidden, weight, targets, _ = given_rows()
     calls: list[Tensor] = []
 
     def back(d: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ def test_an_impossible_token_that_does_not_count_changes_nothing(frozen: bool) -
         logprobs = linear_logprobs(hidden, forward, back, 2, targets)
     else:
         logits = torch.tensor([0.0, -torch.inf])
-        logprobs = chunked_logprobs(hidden, lambda h, start: h + logits, targets)
+        logprobs = chunked_logprobs(hidden, lambda h, start: h + logits, targets, vocabulary=2)
     loss = summed(logprobs, weights)
     assert float(loss.detach()) == 0 and logprobs.tolist() == [0.0, -torch.inf]
     assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()

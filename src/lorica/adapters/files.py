@@ -35,10 +35,11 @@ def save_adapter(adapter: Adapter, backbone: Backbone, path: Path) -> Path:
     not stored. Raises StorageError when the disk is full or cannot be written, ConfigError for meta that is not JSON.
     """
     tensors, config = encode(adapter, backbone)
-    return write_folder(path, tensors, {CONFIG: config, OWN: _record(adapter, backbone)})
+    return write_folder(path, tensors, {CONFIG: config, OWN: record_of(adapter, backbone)})
 
 
-def _record(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
+def record_of(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
+    """What `lorica.json` holds: everything but the values."""
     layout = adapter.layout
     default = layout.method.model_dump(mode="json")
     sites = {}
@@ -74,12 +75,12 @@ def load_adapter(path: Path, backbone: Backbone, name: str) -> Adapter:
     file = path / WEIGHTS
     if own is None:
         return from_peft(config, tensors, backbone, name, file, path / CONFIG).to(device=backbone.device)
-    adapter = _empty(own, backbone, name, path / OWN)
+    adapter = described(own, backbone, name, path / OWN)
     decode(adapter, config, tensors, backbone, file)
     return adapter.to(device=backbone.device)
 
 
-def _empty(own: Mapping[str, Any], backbone: Backbone, name: str, file: Path) -> Adapter:
+def described(own: Mapping[str, Any], backbone: Backbone, name: str, file: Path) -> Adapter:
     """The adapter that a record describes, without its values."""
     version = own.get("format")
     if version != VERSION:

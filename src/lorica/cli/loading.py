@@ -61,9 +61,8 @@ def sampling_options(command: F) -> F:
 def open_backbone(model: str, dtype: str, device: str) -> Backbone:
     """A backbone by name. Raises MissingError, FormatError, ConfigError."""
     from lorica.models import load
-    from lorica.recipes.sft import pick_device
 
-    return load(model, dtype=dtype, device=pick_device(device))
+    return load(model, dtype=dtype, device=device)
 
 
 def open_service(model: str, adapters: Sequence[str], dtype: str, device: str) -> tuple[Service, tuple[str, ...]]:

@@ -28,6 +28,9 @@ COMMANDS: dict[str, str] = {
     "data": "Look at training data as the trainer sees it.",
     "methods": "List the methods, or explain one.",
     "models": "List the built-in models, or the sites of one model.",
+    "serve": "Serve backbones: many tenants train and sample over HTTP.",
+    "keys": "Make, list and revoke API keys of a server.",
+    "store": "Verify a server's records and artifacts.",
 }
 """Every subcommand `x` is the attribute `command` of `lorica.cli.x`."""
 

@@ -169,19 +169,21 @@ class Engine:
         assert backbone.head is not None
         maps = frozen_maps(host.executor, backbone.head)
         plain = maps is not None and not host.adapts_head() and not backbone.transforms_logits
+        vocabulary = backbone.head.weight.shape[0]
         counts, head = [len(datum) for datum in data], host.windowed(self._logits)
         if all(datum.crow is None for datum in data):
             targets_N = self.trunk.tensor(np.concatenate([datum.targets for datum in data]))
             if maps is None or not plain:
-                return list(chunked_logprobs(hidden_ND, head, targets_N).split(counts))
-            return list(linear_logprobs(hidden_ND, maps.forward, maps.back, maps.sizes[0], targets_N).split(counts))
+                return list(chunked_logprobs(hidden_ND, head, targets_N, vocabulary=vocabulary).split(counts))
+            return list(linear_logprobs(hidden_ND, maps.forward, maps.back, vocabulary, targets_N).split(counts))
         found, start = [], 0
         for datum, own_ND in zip(data, hidden_ND.split(counts), strict=True):
             targets_M, crow = self.trunk.tensor(datum.targets), None if datum.crow is None else datum.crow.tolist()
             if crow is None and maps is not None and plain:
-                found.append(linear_logprobs(own_ND, maps.forward, maps.back, maps.sizes[0], targets_M))
+                found.append(linear_logprobs(own_ND, maps.forward, maps.back, vocabulary, targets_M))
             else:
-                found.append(chunked_logprobs(own_ND, _shifted(head, start), targets_M, crow=crow))
+                own_head = _shifted(head, start)
+                found.append(chunked_logprobs(own_ND, own_head, targets_M, vocabulary=vocabulary, crow=crow))
             start += len(datum)
         return found
 

@@ -278,7 +278,7 @@ class Runs:
         if run.accumulated:
             tensors["grad"] = adapter.grad
         tensors |= {f"frozen/{site}/{p}": value for site, own in adapter.frozen.items() for p, value in own.items()}
-        record = {"adapter": files._record(adapter, self.host.backbone), "info": run.info, **_counted(optimizer)}
+        record = {"adapter": files.record_of(adapter, self.host.backbone), "info": run.info, **_counted(optimizer)}
         if run.mark is not None:
             record["mark"] = run.mark.forwards
             tensors |= {} if run.mark.grad is None else {"mark": run.mark.grad}
@@ -298,7 +298,7 @@ class Runs:
 
     def _adapter(self, name: str, state: State, file: Path) -> Adapter:
         """The adapter that a state describes, with its values."""
-        adapter = self._shared(files._empty(state.record.get("adapter", {}), self.host.backbone, _key(name), file))
+        adapter = self._shared(files.described(state.record.get("adapter", {}), self.host.backbone, _key(name), file))
         flat = state.tensors.get("flat")
         if flat is None or flat.shape != adapter.flat.shape or state.record.get("layout") != _digest(adapter.layout):
             raise FormatError(f"{file} holds other values than its adapter has.")

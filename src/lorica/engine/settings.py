@@ -19,7 +19,7 @@ class EngineSettings(Config):
 
     model: str = Field(description="built-in name, directory or hub id of the backbone")
     dtype: str = Field("auto", description="dtype of the backbone's weights")
-    device: str = Field("cpu", description="where it computes")
+    device: str = Field("auto", description="where it computes; auto takes the GPU where there is one")
     data: Path | None = Field(None, description="folder for runs that are not in memory; none is a temporary one")
     root: Path | None = Field(None, description="folder that relative artifact paths begin in; none is the present one")
     threads: int = Field(0, ge=0, description="threads that compute; 0 is torch's choice")

@@ -159,9 +159,11 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 
 
 def parse_device(device: str) -> torch.device:
-    """A device that exists here. Raises ConfigError for a name that torch does not know, MissingError for an absent
-    one.
+    """A device that exists here; `auto` is the GPU where there is one. Raises ConfigError for a name that torch lacks,
+    MissingError for an absent one.
     """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError:

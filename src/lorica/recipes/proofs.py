@@ -19,7 +19,7 @@ from torch import Tensor
 from lorica.core.errors import MergeError, MethodError
 from lorica.methods import get_method
 from lorica.models import load
-from lorica.recipes.sft import Plan, pick_device
+from lorica.recipes.sft import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def peft_proof(ready: Plan, adapter: Path, prompts: Sequence[Sequence[int]]) -> 
     import peft
 
     host = ready.client.service.host
-    fresh = load(ready.config.model, dtype=ready.config.dtype, device=pick_device(ready.config.device))
+    fresh = load(ready.config.model, dtype=ready.config.dtype, device=ready.config.device)
     host.eval()
     worst = largest = effect = 0.0
     with torch.no_grad(), warnings.catch_warnings():

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from lorica.client.local import Service, TrainingClient
-from lorica.core.errors import ConfigError, MethodError, ResumeError
+from lorica.core.errors import MethodError, ResumeError
 from lorica.core.storage import storage, write_file
 from lorica.data.example import Example
 from lorica.data.packing import Sampler
@@ -80,19 +80,10 @@ class Outcome:
     adapter: Path | None = field(default=None)
 
 
-def pick_device(name: str) -> str:
-    """The device that a config's `device` means here. Raises ConfigError where it is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is 'cuda', but torch sees no GPU here.", hint="Use device=cpu or device=auto.")
-    return name
-
-
 def plan(config: SFTConfig) -> Plan:
     """Load model and data and make the adapter. Writes nothing. Raises Lorica's errors for whatever does not fit."""
     check_tracker(config.track)
-    backbone = load(config.model, dtype=config.dtype, device=pick_device(config.device))
+    backbone = load(config.model, dtype=config.dtype, device=config.device)
     if backbone.tokenizer is None:
         raise MethodError(f"{config.model!r} has no tokenizer, so text cannot be trained on it.")
     renderer = Renderer(backbone.tokenizer, train_on=config.data.train_on, chat=config.data.chat)

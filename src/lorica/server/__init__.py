@@ -1,1 +1,4 @@
-"""The API process: wire formats, auth, limits, futures, routes. Knows no tensors; the engine is at the other end of a socket."""
+"""The API process: HTTP, keys, limits, the journal's use, and the way of every request to an engine.
+
+Knows no tensor and imports no torch.
+"""

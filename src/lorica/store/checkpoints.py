@@ -105,6 +105,12 @@ def expired_checkpoints(connection: sa.Connection, at: dt.datetime) -> list[Chec
     return rows.many(connection, checkpoints, checkpoints.c.expires <= at, Checkpoint)
 
 
+def drop_expired(connection: sa.Connection, path: str, at: dt.datetime) -> bool:
+    """Remove the record of one whose time had come at `at`; False where it was given more time meanwhile."""
+    gone = (checkpoints.c.path == path) & (checkpoints.c.expires <= at)
+    return connection.execute(checkpoints.delete().where(gone)).rowcount == 1
+
+
 def storage_bytes(connection: sa.Connection, tenant: str) -> int:
     """What a tenant's checkpoints take."""
     total = sa.func.coalesce(sa.func.sum(checkpoints.c.size), 0)

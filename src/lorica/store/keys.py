@@ -28,7 +28,7 @@ class Quotas(Config):
     """What a tenant may use at most; null is the server's default."""
 
     tokens_per_minute: int | None = Field(None, ge=0, description="tokens that its requests may bring in a minute")
-    resident_adapters: int | None = Field(None, ge=0, description="runs that may be in memory at once")
+    resident_adapters: int | None = Field(None, ge=0, description="runs of living sessions that it may have at once")
     storage_bytes: int | None = Field(None, ge=0, description="bytes of all its checkpoints")
     concurrent_samples: int | None = Field(None, ge=0, description="samples that may be drawn at once")
     max_rank: int | None = Field(None, ge=1, description="highest rank of an adapter")

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from lorica.store import journal, rows
 from lorica.store.rows import Page
-from lorica.store.tables import now, runs
+from lorica.store.tables import now, runs, sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,13 @@ def session_runs(connection: sa.Connection, session_id: str, tenant: str) -> lis
 def living_runs(connection: sa.Connection) -> list[Run]:
     """Runs of all tenants that are not closed: what a start of the server makes known again."""
     return rows.many(connection, runs, runs.c.closed.is_(None), Run)
+
+
+def live_runs(connection: sa.Connection, tenant: str, since: dt.datetime) -> int:
+    """How many runs of a tenant may still be trained: not closed, of a session that was heard after `since`."""
+    heard = sessions.c.finished.is_(None) & (sessions.c.last_heartbeat > since)
+    of_them = (runs.c.tenant == tenant) & runs.c.closed.is_(None) & (runs.c.session_id == sessions.c.id) & heard
+    return int(connection.scalar(sa.select(sa.func.count()).select_from(runs, sessions).where(of_them)) or 0)
 
 
 def set_run(

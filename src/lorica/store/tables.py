@@ -173,3 +173,19 @@ usage = sa.Table(
     sa.Column("kind", sa.Text, primary_key=True),
     sa.Column("tokens", sa.BigInteger, nullable=False),
 )
+
+points = sa.Table(
+    "points",
+    metadata,
+    sa.Column("run_id", sa.ForeignKey(runs.c.id), primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("step", sa.BigInteger),  # null: a pass that no optimiser step has used
+    sa.Column("loss", sa.Double),
+    sa.Column("weight", sa.Double, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),  # of a pass; of the run so far where it is a step
+    sa.Column("grad_norm", sa.Double),
+    sa.Column("lr", sa.Double),
+    sa.Column("at", UtcTime, nullable=False),
+)
+_PASSES = points.c.step.is_(None)
+sa.Index("ix_points_passes", points.c.run_id, sqlite_where=_PASSES, postgresql_where=_PASSES)

@@ -21,6 +21,11 @@ an allocator takes such blocks from the system and gives them back each time.
 ROWS = (32, 512)
 """Least and most rows of a chunk: products of fewer are slow, and more do not make them faster."""
 
+KEPT_BYTES = 2**27
+"""Logits that take no more than this for a whole batch are kept for the backward pass: to make them again costs a third
+of the head's time.
+"""
+
 Product = Callable[[Tensor], Tensor]
 
 
@@ -91,16 +96,20 @@ def chunked_logprobs(
     head: Callable[[Tensor, int], Tensor],
     targets_M: Tensor,
     *,
+    vocabulary: int,
     crow: Sequence[int] | None = None,
     chunk: int = 256,
+    keep: bool | None = None,
 ) -> Tensor:
-    """The same for a head that is trained or transforms its logits, and for several targets a position; each chunk's
-    logits are made again in the backward pass.
+    """The same for a head that is trained or transforms its logits, and for several targets a position. Unless
+    `keep`, each chunk's logits are made again in the backward pass; None keeps them up to `KEPT_BYTES`.
 
     `head(hidden[start : start + n], start)` gives the logits of n positions. `crow` [N + 1]: which of the M targets
     are each position's; None with one for each. Returns [M].
     """
     count = hidden_ND.shape[0]
+    if keep is None:
+        keep = 2 * 4 * vocabulary * count <= KEPT_BYTES  # the logits and their slope, in float32
     pieces = []
     for start in range(0, count, chunk):
         stop = min(count, start + chunk)
@@ -110,7 +119,8 @@ def chunked_logprobs(
             own = torch.tensor(crow[start : stop + 1], device=hidden_ND.device)
             rows_M = rows_M.repeat_interleave(own.diff())
         part = hidden_ND[start:stop]
-        pieces.append(checkpoint(_chunk, head, start, part, rows_M, targets_M[first:last], use_reentrant=False))
+        given = (head, start, part, rows_M, targets_M[first:last])
+        pieces.append(_chunk(*given) if keep else checkpoint(_chunk, *given, use_reentrant=False))
     return torch.cat(pieces)
 
 

@@ -1,0 +1,1 @@
+"""A working directory in which tinker-cookbook's recipes run unmodified and offline: `python -m scripts.cookbook`."""

@@ -1,0 +1,1 @@
+"""Inference as OpenAI's clients know it: completions, conversations and models, over the same engines and adapters."""
