@@ -17,6 +17,9 @@ quickstart:
 
 test:
 	@$(PYTHON) scripts/install.py dev
+ifdef SLOW
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps -r tests/requirements-slow.txt
+endif
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports

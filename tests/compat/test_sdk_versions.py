@@ -21,7 +21,7 @@ from scripts.cookbook.served import QUIET, Served
 
 pytestmark = pytest.mark.slow
 
-VERSIONS = ["0.25.0", "0.26.2", "0.28.1", "0.30.4", "0.32.0", "0.34.0", "0.36.0", "0.38.0"]
+VERSIONS = ["0.22.7", "0.24.1", "0.25.0", "0.26.2", "0.28.1", "0.30.4", "0.32.0", "0.34.0", "0.36.0", "0.38.0"]
 """The last patch of every minor version at which the wire changed. 0.37 was never published."""
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lorica-tests" / "tinker"
 FLOW = Path(__file__).with_name("flow.py")

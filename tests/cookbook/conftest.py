@@ -15,7 +15,7 @@ import pytest
 from scripts.cookbook.offline import MODEL, TEACHER, build
 from scripts.cookbook.served import Served, serve
 
-NEEDED = "cookbook recipes need tinker_cookbook: see tests/cookbook/requirements.txt, or set LORICA_COOKBOOK_PYTHON"
+NEEDED = "cookbook recipes need tinker_cookbook: see tests/requirements-slow.txt, or set LORICA_COOKBOOK_PYTHON"
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 import warnings
 from pathlib import Path
 
@@ -152,9 +153,21 @@ class Process:
         return self.process.wait(60)
 
 
+@pytest.fixture(scope="module", params=["embedded", pytest.param("elsewhere", marks=pytest.mark.slow)])
+def stored(request):
+    """Where a server keeps its things: in its data directory, or in Postgres and in S3."""
+    if request.param == "embedded":
+        return {}
+    bucket = request.getfixturevalue("s3")
+    return {
+        "database": request.getfixturevalue("postgres").new_database(),
+        "artifacts": f"{bucket}/{uuid.uuid4().hex}",
+    }
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = InThread(tmp_path_factory.mktemp("server"), deterministic=True, long_poll_seconds=5)
+def server(tmp_path_factory, stored):
+    made = InThread(tmp_path_factory.mktemp("server"), deterministic=True, long_poll_seconds=5, **stored)
     yield made
     made.stop()
 

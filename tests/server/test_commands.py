@@ -76,6 +76,17 @@ def test_a_wrong_setting_is_named_before_anything_starts(tmp_path, words, told):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_where_it_listens_is_a_document_with_json(tmp_path):
+    words = ["serve", "--model", "nano", "--port", "0", "--data-dir", str(tmp_path), "--json"]
+    command = [sys.executable, "-m", "lorica.cli.main", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        told = json.loads(server.stdout.readline())
+        server.terminate()
+    assert told["url"].startswith("http://127.0.0.1:") and told["key"].startswith("tml-") and told["models"] == ["nano"]
+    assert server.returncode == 0
+
+
 def test_a_model_that_is_not_there_is_a_sentence(tmp_path):
     words = ["serve", "--model", "no-such-model", "--port", "0", "--data-dir", str(tmp_path / "d")]
     done = subprocess.run(

@@ -13,6 +13,8 @@ from tinker.proto import tinker_public_pb2 as proto
 
 from tests.server.conftest import datum, step
 
+pytestmark = pytest.mark.slow
+
 DATA = [datum(range(10, 20))]
 
 

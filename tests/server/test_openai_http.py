@@ -14,6 +14,8 @@ import pytest
 from lorica.store import keys
 from tests.server.conftest import adam, datum
 
+pytestmark = pytest.mark.slow
+
 STORY = "Once upon a time there was a little girl"
 TURN = [{"role": "user", "content": "Write a short sentence about a cat."}]
 

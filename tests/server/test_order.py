@@ -12,6 +12,8 @@ from tinker import types
 from tests.server.conftest import InThread, adam, datum, step
 from tests.server.test_traps import fb, post_fb, result
 
+pytestmark = pytest.mark.slow
+
 DATA = [datum(range(10, 20))]
 
 

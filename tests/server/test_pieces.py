@@ -20,6 +20,7 @@ from lorica.server.futures import Futures, Result, dump
 from lorica.server.limits import Limiter
 from lorica.server.settings import Limits
 from lorica.server.signing import Signer, load_secret
+from lorica.server.text import text_of
 from lorica.store.keys import Quotas
 
 
@@ -123,14 +124,14 @@ def test_stops_mean_what_the_protocol_says():
 
 
 def test_a_watcher_finds_the_token_that_completes_a_string():
-    ids = stops.tokenizer(NANO).encode("the little dog ran away from the house").ids
+    ids = text_of(NANO).tokenizer.fast.encode("the little dog ran away from the house").ids
     watcher = stops.Watcher(["dog r"], NANO)
     for n, token in enumerate(ids, 1):
         if watcher.feed([token]) is not None:
             assert watcher.end == n
             break
-    text = stops.tokenizer(NANO).decode(ids[: watcher.end], skip_special_tokens=False)
-    before = stops.tokenizer(NANO).decode(ids[: watcher.end - 1], skip_special_tokens=False)
+    text = text_of(NANO).tokenizer.fast.decode(ids[: watcher.end], skip_special_tokens=False)
+    before = text_of(NANO).tokenizer.fast.decode(ids[: watcher.end - 1], skip_special_tokens=False)
     assert "dog r" in text and "dog r" not in before
 
 

@@ -11,6 +11,8 @@ from tinker import types
 
 from tests.server.conftest import datum, step
 
+pytestmark = pytest.mark.slow
+
 DATA = [datum(range(10, 20))]
 
 

@@ -216,8 +216,12 @@ def test_a_zstd_body_is_read(http, run):
     assert answer.status_code == 200 and result(http, answer.json()["request_id"]).content
 
 
+EARLIER = {"proto_write_fwdbwd": True, "fwd_via_fwdbwd": True}
+"""Flags of SDKs before 0.25, without which they would send training calls in a form of their own."""
+
+
 def test_flags_are_defaults_and_telemetry_is_accepted(http):
-    assert http.post("/api/v1/client/config", json={"sdk_version": "0.38.0"}).json() == {}
+    assert http.post("/api/v1/client/config", json={"sdk_version": "0.38.0"}).json() == EARLIER
     assert http.post("/api/v1/telemetry", json={"events": []}).json() == {"status": "accepted"}
 
 

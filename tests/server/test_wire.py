@@ -163,7 +163,7 @@ def test_without_max_tokens_a_sample_may_fill_the_context():
     ("fields", "told"),
     [
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k"),
-        ({"record_stability_info": True}, "record_stability_info"),
+        ({"record_stability_info": True}, "stability info.*importance_sampling"),
         ({"target_prompt_logprobs": {"data": [1]}}, "target_prompt_logprobs"),
         ({"prompt_logprobs_last_n": 1}, "needs prompt_logprobs"),
         ({"prompt_logprobs": True, "prompt_logprobs_last_n": 3}, "1 to 2"),

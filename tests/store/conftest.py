@@ -13,15 +13,7 @@ import pytest
 from lorica.store import keys
 from lorica.store.artifacts import Artifacts
 from lorica.store.database import Database
-from tests.postgres import ABSENT, Cluster, binaries, cluster
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Cluster]:
-    if binaries() is None:
-        pytest.skip(ABSENT)
-    with cluster() as running:
-        yield running
+from tests.postgres import Cluster
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -39,23 +31,6 @@ def db(url: str) -> Iterator[Database]:
         for tenant in ("anna", "bert"):
             database.submit(lambda c, tenant=tenant: keys.ensure_tenant(c, tenant)).result()
         yield database
-
-
-@pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """The URL of a bucket on a local server that speaks S3."""
-    server = pytest.importorskip("moto.server", reason="moto, flask and flask-cors are not installed")
-    fsspec = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'lorica[s3]'")
-    running = server.ThreadedMotoServer("127.0.0.1", 0)
-    running.start()
-    host, port = running.get_host_and_port()
-    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        fsspec.S3FileSystem().mkdir("lorica")
-        yield "s3://lorica"
-    running.stop()
 
 
 @pytest.fixture(params=["directory", "memory", "s3"])

@@ -28,9 +28,9 @@ COMMANDS: dict[str, str] = {
     "data": "Look at training data as the trainer sees it.",
     "methods": "List the methods, or explain one.",
     "models": "List the built-in models, or the sites of one model.",
-    "serve": "Serve backbones: many tenants train and sample over HTTP.",
-    "keys": "Make, list and revoke API keys of a server.",
-    "store": "Verify a server's records and artifacts.",
+    "serve": "Serve backbones: fine-tuning and sampling over HTTP, for many tenants at once.",
+    "keys": "Make, list and revoke API keys, and set what a tenant may use.",
+    "store": "Look after a server's records and artifacts.",
 }
 """Every subcommand `x` is the attribute `command` of `lorica.cli.x`."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from lorica.cli.output import say
+from lorica.cli.output import emit, json_option, say
 
 SCRIPT = """\
 import tinker
@@ -34,19 +34,29 @@ print(run.get_info().model_dump_json())"""
 @click.option("--threads", type=int, help="Threads of an engine.")
 @click.option("--log-json", is_flag=True, default=None, help="Logs as JSON lines.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting: limits.rank=64.")
-def command(models: tuple[str, ...], settings: tuple[str, ...], **given: Any) -> None:
+@json_option
+def command(models: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Serve backbones: fine-tuning and sampling over HTTP, for many tenants at once.
 
-    Nothing else has to be installed. The first start prints an API key, once.
+    Nothing else has to be installed. The first start prints an API key, once; with --json, the URL and the key are a
+    document on stdout as soon as it listens.
     """
     from lorica.server.serve import serve
     from lorica.server.settings import Settings
+    from lorica.server.state import Server
 
     values = {name: value for name, value in given.items() if value is not None}
     values["models"] = models or ("nano",)
     for word in settings:
         _put(values, word)
-    serve(Settings.parse(values), lambda url, server: _greet(url, server.first_key, server.settings.models[0]))
+
+    def told(url: str, server: Server) -> None:
+        if as_json:
+            emit({"url": url, "key": server.first_key, "models": list(server.settings.models)}, "", as_json=True)
+        else:
+            _greet(url, server.first_key, server.settings.models[0])
+
+    serve(Settings.parse(values), told)
 
 
 def _put(values: dict[str, Any], word: str) -> None:

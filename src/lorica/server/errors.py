@@ -42,6 +42,13 @@ def busy(message: str, *, seconds: float = 1.0, code: str = "rate_limit") -> Api
     return ApiError(429, code, message, headers={"retry-after-ms": str(int(1000 * seconds))})
 
 
+def status_of(error: LoricaError) -> int:
+    """The HTTP status that an error is answered with."""
+    if isinstance(error, ApiError):
+        return error.status
+    return 404 if isinstance(error, MissingError) else 503 if isinstance(error, StorageError) else 400
+
+
 def body(code: str, message: str, hint: str | None = None) -> dict[str, Any]:
     return {"detail": message, "error": message, "code": code, "hint": hint}
 
@@ -60,13 +67,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(LoricaError)
     async def _lorica(request: Request, error: LoricaError) -> JSONResponse:
-        status = 400
-        if isinstance(error, ApiError):
-            status = error.status
-        elif isinstance(error, MissingError):
-            status = 404
-        elif isinstance(error, StorageError):
-            status = 503
+        status = status_of(error)
+        if isinstance(error, StorageError):
             log.error("storage: %s", error.message)
         headers = error.headers if isinstance(error, ApiError) else None
         return JSONResponse(body(error.code, error.message, error.hint), status, headers)

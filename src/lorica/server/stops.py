@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lorica.core.errors import DataError
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+from lorica.server.text import Reader, StopFinder, text_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +22,10 @@ class Stops:
     strings: list[str] = field(default_factory=list)
 
 
-@functools.lru_cache(maxsize=8)
-def tokenizer(directory: str) -> Tokenizer:
-    """The tokenizer of a model directory. Raises DataError where there is none."""
-    from tokenizers import Tokenizer
-
-    file = Path(directory) / "tokenizer.json"
-    if not directory or not file.is_file():
-        raise DataError("This model has no tokenizer here, so stop strings cannot be found; give stop token ids.")
-    return Tokenizer.from_file(str(file))
-
-
 def stops(given: str | list[int] | list[str] | None, eos_ids: list[int], directory: str) -> Stops:
-    """What a request's `stop` means. Raises DataError for strings without a tokenizer, and for an empty string."""
+    """What a request's `stop` means. Raises DataError for an empty string and for strings without a
+    tokenizer, and what `text_of` raises for a tokenizer that cannot be read.
+    """
     if given is None:
         return Stops(eos_ids)
     words = [given] if isinstance(given, str) else given
@@ -51,7 +38,9 @@ def stops(given: str | list[int] | list[str] | None, eos_ids: list[int], directo
             continue
         if not word:
             raise DataError("A stop string is empty.")
-        special = tokenizer(directory).token_to_id(word)
+        if not directory:
+            raise DataError("This model has no tokenizer here, so stop strings cannot be found; give stop token ids.")
+        special = text_of(directory).tokenizer.fast.token_to_id(word)
         if special is not None and special in added_ids(directory):
             ids.append(special)  # only this one token writes it
         else:
@@ -62,28 +51,24 @@ def stops(given: str | list[int] | list[str] | None, eos_ids: list[int], directo
 @functools.lru_cache(maxsize=8)
 def added_ids(directory: str) -> frozenset[int]:
     """Ids of tokens that stand outside the vocabulary proper, such as `<|im_end|>`."""
-    return frozenset(tokenizer(directory).get_added_tokens_decoder())
+    return frozenset(text_of(directory).tokenizer.fast.get_added_tokens_decoder())
 
 
 class Watcher:
     """Looks for stop strings in one sample as its tokens come."""
 
     def __init__(self, strings: list[str], directory: str) -> None:
-        self._strings = strings
-        self._tokenizer = tokenizer(directory)
-        self._longest = max(map(len, strings))
-        self._tokens: list[int] = []
+        self._reader = Reader(text_of(directory).pieces)
+        self._finder = StopFinder(strings)
         self.read = 0
         self.end: int | None = None
 
     def feed(self, tokens: list[int]) -> int | None:
         """How many tokens the sample has when a stop string is complete, once one is; None before."""
-        self._tokens += tokens
-        while self.end is None and self.read < len(self._tokens):
+        for token in tokens:
+            if self.end is not None:
+                break
             self.read += 1
-            # a string of n characters is written by at most 4n bytes, and a token writes at least one byte
-            tail = self._tokens[max(0, self.read - 4 * self._longest - 4) : self.read]
-            text = self._tokenizer.decode(tail, skip_special_tokens=False)
-            if any(string in text for string in self._strings):
-                self.end = self.read
+            self._finder.feed(self._reader.feed(token))
+            self.end = self.read if self._finder.found else None
         return self.end

@@ -17,9 +17,9 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from lorica.core.errors import LoricaError, MissingError, StorageError, did_you_mean
+from lorica.core.errors import LoricaError, did_you_mean
 from lorica.engine.link import EngineError
-from lorica.server.errors import ApiError, explain_validation
+from lorica.server.errors import ApiError, explain_validation, status_of
 
 log = logging.getLogger("lorica.server.openai")
 
@@ -48,13 +48,7 @@ def explain(error: Exception) -> tuple[int, dict[str, Any]]:
         status = 400 if error.category == "user" else 500
         return status, shape(status, error.code, error.message)
     if isinstance(error, LoricaError):
-        status = 400
-        if isinstance(error, ApiError):
-            status = error.status
-        elif isinstance(error, MissingError):
-            status = 404
-        elif isinstance(error, StorageError):
-            status = 503
+        status = status_of(error)
         message = f"{error.message} {error.hint}" if error.hint else error.message
         return status, shape(status, error.code, message, getattr(error, "param", None))
     if isinstance(error, HTTPException):  # FastAPI's own, of a body that it cannot read

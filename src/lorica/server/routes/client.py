@@ -18,8 +18,10 @@ router = APIRouter(prefix="/api/v1", tags=["client"])
 
 @router.post("/client/config")
 async def client_config(body: ClientConfigBody, caller: CallerDep) -> dict[str, Any]:
-    """Feature flags: every one at the SDK's default."""
-    return {}
+    """Feature flags: every one at the SDK's default. Those named here are of SDKs before 0.25, which then send training
+    calls as later ones do.
+    """
+    return {"proto_write_fwdbwd": True, "fwd_via_fwdbwd": True}
 
 
 @router.post("/client/dynamic_config")

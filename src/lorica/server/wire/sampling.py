@@ -34,10 +34,14 @@ def check(body: SampleBody, context: int | None) -> None:
     for asked, name in (
         (body.target_prompt_logprobs is not None, "target_prompt_logprobs"),
         (body.prompt_alt_tokens_k > 0, "prompt_alt_tokens_k"),
-        (bool(body.record_stability_info), "record_stability_info"),
     ):
         if asked:
             raise DataError(f"This server does not support {name}; prompt_logprobs and topk_prompt_logprobs it does.")
+    if body.record_stability_info:
+        raise DataError(
+            "This server records no stability info: it is for the loss 'stable_reinforce', whose objective is not "
+            "published; train with loss_fn='importance_sampling', 'ppo' or 'cispo'."
+        )
     last = body.prompt_logprobs_last_n
     if last is not None and (not body.prompt_logprobs or not 1 <= last <= len(tokens) - 1):
         raise DataError(
