@@ -110,9 +110,9 @@ class _LowRank:
                 y_NO[:, outs].index_add_(0, self.place_n, low_nO.to(y_NO.dtype))
                 continue
             y_TnO = y_NO[:, outs].view(-1, self.height, B_TRO.shape[2])
-            if y_NO.dtype == B_TRO.dtype:
+            if y_NO.dtype == B_TRO.dtype and y_TnO.is_contiguous():
                 y_TnO.baddbmm_(h, B_TRO)
-            else:
+            else:  # into a part of y a batched product would go row by row
                 y_TnO.add_(torch.bmm(h, B_TRO))
 
 
