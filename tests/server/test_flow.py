@@ -9,6 +9,7 @@ import pytest
 import tinker
 from tinker import types
 
+from lorica.server.text import text_of
 from tests.server.conftest import adam, datum, step
 
 DATA = [datum(range(10, 27)), datum(range(30, 41))]
@@ -84,9 +85,7 @@ def test_the_base_model_can_be_sampled_and_scored(service):
 
 
 def test_stop_strings_end_a_sample_with_the_token_that_completes_them(service, server):
-    from lorica.server.stops import tokenizer
-
-    words = tokenizer(server.server.backbones.find("nano").info["tokenizer"])
+    words = text_of(server.server.backbones.find("nano").info["tokenizer"]).tokenizer.fast
     sampler = service.create_sampling_client(base_model="nano").result()
     prompt = types.ModelInput.from_ints(words.encode("Once upon a time").ids)
     free = sampler.sample(prompt, 1, types.SamplingParams(max_tokens=30, temperature=0.0, stop=[])).result()

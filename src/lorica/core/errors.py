@@ -101,6 +101,12 @@ class StorageError(LoricaError, OSError):
 
     code = "storage"
 
+    @property
+    def public(self) -> str:
+        """A sentence for those who may not know the server's paths; its log has the whole one."""
+        cause = self.__cause__.strerror if isinstance(self.__cause__, OSError) else None
+        return f"The server cannot use its storage{f': {cause}' if cause else ''}; tell its operator."
+
 
 class MissingError(LoricaError, LookupError):
     """An optional package, a model or a file that is not there."""

@@ -258,7 +258,7 @@ def failure(id: int, error: Exception) -> commands.Failed:
         return commands.Failed(id, "user", error.code, text)
     log.error("command %d failed", id, exc_info=error)
     if isinstance(error, StorageError):
-        return commands.Failed(id, "server", error.code, error.message)
+        return commands.Failed(id, "server", error.code, error.public)
     return commands.Failed(
         id, "server", "engine", f"The engine failed with {type(error).__name__}: {first_line(error)}"
     )

@@ -49,6 +49,13 @@ def status_of(error: LoricaError) -> int:
     return 404 if isinstance(error, MissingError) else 503 if isinstance(error, StorageError) else 400
 
 
+def told_of(error: LoricaError) -> str:
+    """What a client hears of an error, in one text: never the server's paths."""
+    if isinstance(error, StorageError):
+        return error.public
+    return f"{error.message} {error.hint}" if error.hint else error.message
+
+
 def body(code: str, message: str, hint: str | None = None) -> dict[str, Any]:
     return {"detail": message, "error": message, "code": code, "hint": hint}
 
@@ -71,7 +78,8 @@ def install(app: FastAPI) -> None:
         if isinstance(error, StorageError):
             log.error("storage: %s", error.message)
         headers = error.headers if isinstance(error, ApiError) else None
-        return JSONResponse(body(error.code, error.message, error.hint), status, headers)
+        message = error.public if isinstance(error, StorageError) else error.message
+        return JSONResponse(body(error.code, message, error.hint), status, headers)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:

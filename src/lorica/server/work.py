@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorica.core.errors import DataError, LoricaError, MissingError
+from lorica.core.errors import DataError, LoricaError, MissingError, StorageError
 from lorica.engine.commands import Adam, Command, Load, Opened, Save, Saved, Step, Stepped, Train, Trained
 from lorica.server import bodies
-from lorica.server.errors import explain_validation
+from lorica.server.errors import explain_validation, told_of
 from lorica.server.futures import PROTOBUF, Result
 from lorica.server.limits import Limiter
 from lorica.server.naming import Kind, TinkerPath, sampler_id
@@ -303,5 +303,5 @@ def _told(kind: str, path: str, reply: Saved, sampler: bodies.SaveForSamplerBody
 
 def failure(error: LoricaError) -> Result:
     """A refusal as a failed future."""
-    text = f"{error.message} {error.hint}" if error.hint else error.message
-    return Result.failed("user", error.code, text)
+    category = "server" if isinstance(error, StorageError) else "user"
+    return Result.failed(category, error.code, told_of(error))

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 
 from lorica.core.errors import LoricaError, did_you_mean
 from lorica.engine.link import EngineError
-from lorica.server.errors import ApiError, explain_validation, status_of
+from lorica.server.errors import ApiError, explain_validation, status_of, told_of
 
 log = logging.getLogger("lorica.server.openai")
 
@@ -49,8 +49,7 @@ def explain(error: Exception) -> tuple[int, dict[str, Any]]:
         return status, shape(status, error.code, error.message)
     if isinstance(error, LoricaError):
         status = status_of(error)
-        message = f"{error.message} {error.hint}" if error.hint else error.message
-        return status, shape(status, error.code, message, getattr(error, "param", None))
+        return status, shape(status, error.code, told_of(error), getattr(error, "param", None))
     if isinstance(error, HTTPException):  # FastAPI's own, of a body that it cannot read
         return error.status_code, shape(error.status_code, "http", str(error.detail))
     log.error("a request failed", exc_info=error)

@@ -15,7 +15,7 @@ from lorica.core.errors import DataError, LoricaError, did_you_mean
 from lorica.server import naming, specs, work
 from lorica.server.backbones import Backbone
 from lorica.server.bodies import CreateModelBody, GetInfoBody, LoadWeightsBody
-from lorica.server.errors import ApiError, busy
+from lorica.server.errors import ApiError, busy, told_of
 from lorica.server.routes.sessions import own_session
 from lorica.server.state import CallerDep, Server, ServerDep
 from lorica.store import runs
@@ -55,7 +55,7 @@ async def create_model(body: CreateModelBody, server: ServerDep, caller: CallerD
         for rank in (spec["config"].get("rank"), *(patterns.values() if isinstance(patterns, dict) else ())):
             check_rank(server, caller.tenant, rank)
     except LoricaError as error:
-        return {"request_id": server.dispatcher.refuse(caller.tenant, run_id, told(error)), "model_id": run_id}
+        return {"request_id": server.dispatcher.refuse(caller.tenant, run_id, told_of(error)), "model_id": run_id}
     run = Run(
         id=run_id,
         tenant=caller.tenant,
@@ -91,10 +91,6 @@ async def check_room(server: Server, tenant: str, run_id: str) -> None:
         )
 
 
-def told(error: LoricaError) -> str:
-    return f"{error.message} {error.hint}" if error.hint else error.message
-
-
 async def create_from_checkpoint(body: LoadWeightsBody, server: Server, tenant: str) -> dict[str, Any]:
     """A new run that begins with a checkpoint's adapter, and with `optimizer` its optimiser too."""
     if body.session_id is None or body.model_seq_id is None:
@@ -112,7 +108,7 @@ async def create_from_checkpoint(body: LoadWeightsBody, server: Server, tenant: 
             raise DataError(f"Optimizer {body.optimizer_config.type!r} is not supported here; 'adamw' is.")
         await server.places.read(found.artifact)
     except LoricaError as error:
-        return {"request_id": server.dispatcher.refuse(tenant, run_id, told(error)), "model_id": run_id}
+        return {"request_id": server.dispatcher.refuse(tenant, run_id, told_of(error)), "model_id": run_id}
     run = Run(
         id=run_id,
         tenant=tenant,
