@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import httpx
 import numpy as np
 import pytest
 import tinker
@@ -192,3 +193,14 @@ def test_a_sampling_client_may_poll_for_all_its_requests_at_once(service, server
         assert [c["state"] for c in told["completions"]] == ["finished"] * 3
         asked = {"target": target, "prev_cursor": told["cursor"], "timeout": 0}
         assert web.post("/api/v1/retrieve_futures", json=asked).json()["completions"] == []
+
+
+def test_the_documentation_page_holds_every_route_and_loads_nothing_from_elsewhere(server):
+    schema = httpx.get(server.url + "/openapi.json").json()
+    page = httpx.get(server.url + "/docs").text
+    assert len(schema["paths"]) > 40
+    for path, methods in schema["paths"].items():
+        for method in methods:
+            assert f"{method.upper()} {path}" in page
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert "sampling_session_id" in page and "sampling_params" in page, "fields of bodies"

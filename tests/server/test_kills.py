@@ -19,8 +19,13 @@ DATA = [datum(range(10, 26)), datum(range(40, 52))]
 
 
 @pytest.fixture
-def process(tmp_path):
-    made = Process(tmp_path, "--deterministic", "--set", "snapshots.every_requests=7", "--set", "long_poll_seconds=5")
+def flags():
+    return ["--deterministic"]
+
+
+@pytest.fixture
+def process(tmp_path, flags):
+    made = Process(tmp_path, *flags, "--set", "snapshots.every_requests=7", "--set", "long_poll_seconds=5")
     made.start()
     yield made
     if made.process.poll() is None:
@@ -46,6 +51,7 @@ def curve(process, steps, disturb=None):
     return run, losses
 
 
+@pytest.mark.parametrize("flags", [["--deterministic"], []], ids=["deterministic", "alone"])
 @pytest.mark.parametrize("what", ["engine", "api", "both"])
 def test_a_kill_changes_no_bit_of_the_loss_curve(process, what):
     undisturbed = curve(process, 8)[1]

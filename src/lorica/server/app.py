@@ -1,7 +1,7 @@
 """The application: routes, errors and the server's life.
 
-In: settings, and perhaps a server that runs already. Out: a FastAPI app. Its documentation is `/openapi.json`; nothing
-of it is loaded from elsewhere. Refuses to know what routes do.
+In: settings, and perhaps a server that runs already. Out: a FastAPI app. Its documentation is `/openapi.json`, and
+`/docs` for people; nothing of it is loaded from elsewhere. Refuses to know what routes do.
 """
 
 from __future__ import annotations

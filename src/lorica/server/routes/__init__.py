@@ -12,6 +12,7 @@ from lorica.server.routes import (
     checkpoints,
     client,
     dashboard,
+    docs,
     external,
     futures,
     health,
@@ -43,4 +44,5 @@ ROUTERS: tuple[APIRouter, ...] = (
     openai.router,
     metrics.router,
     dashboard.router,
+    docs.router,
 )
