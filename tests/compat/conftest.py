@@ -1,4 +1,6 @@
-"""One server for all of these tests, over a small Qwen3 with nano's tokenizer."""
+"""A server for each file of tests, over a small Qwen3 with nano's tokenizer. SDKs before 0.28 cannot read a list that holds
+an exported checkpoint, so those that export have another one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from scripts.cookbook.offline import MODEL, build
 from scripts.cookbook.served import Served, serve
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("served")
     build(home, lessons=20)
