@@ -1,5 +1,5 @@
-"""A server for each file of tests, over a small Qwen3 with nano's tokenizer. SDKs before 0.28 cannot read a list that holds
-an exported checkpoint, so those that export have another one.
+"""A server for each file of tests, over a small Qwen3 with nano's tokenizer: SDKs before 0.28 cannot read a list that
+holds an exported checkpoint, so tests that export have another one.
 """
 
 from __future__ import annotations
