@@ -125,6 +125,13 @@ def test_a_clipped_gradient_has_the_norm_that_was_asked_for(service):
     assert norms[1][1] == pytest.approx(norms[0][1] * 0.5 / norms[0][0], rel=0.1)
 
 
+def test_a_negative_norm_to_clip_to_is_refused(service):
+    run = new(service)
+    run.forward_backward(DATA, "cross_entropy").result()
+    with pytest.raises(tinker.RequestFailedError, match="grad_clip_norm is -1.0"):
+        run.optim_step(adam(1e-3, grad_clip_norm=-1.0)).result()
+
+
 def test_the_seed_chooses_the_initial_values(server, service, tmp_path):
     files = []
     for index, seed in enumerate((3, 3, 4)):

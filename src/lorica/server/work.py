@@ -108,13 +108,17 @@ class Work:
         for name, value in asked.model_dump(exclude={"type"}).items():
             if not math.isfinite(value):
                 raise DataError(f"adam_params.{name} is {value}: a finite number is right.")
+        if asked.grad_clip_norm < 0:
+            raise DataError(
+                f"adam_params.grad_clip_norm is {asked.grad_clip_norm}: a positive number is right, or 0 for none."
+            )
         adam = Adam(
             lr=asked.learning_rate,
             beta1=asked.beta1,
             beta2=asked.beta2,
             eps=asked.eps,
             weight_decay=asked.weight_decay,
-            clip=max(asked.grad_clip_norm, 0.0),
+            clip=asked.grad_clip_norm,
         )
 
         def tell(reply: Stepped) -> Result:
