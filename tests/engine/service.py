@@ -13,8 +13,8 @@ import numpy as np
 
 from lorica.core.errors import LoricaError
 from lorica.engine import commands
+from lorica.engine.arrays import array
 from lorica.engine.core import EngineCore
-from lorica.engine.intake import array
 from lorica.engine.settings import EngineSettings
 from lorica.models import tiny
 from lorica.models.backbone import Backbone

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorica.engine import commands
-from lorica.engine.intake import array
+from lorica.engine.arrays import array
 from tests.engine.service import ADAM, SPEC, RefusedError, Service, datum, logprobs, sample, train
 
 BATCH = [datum(i, 5 + 3 * i) for i in range(4)]

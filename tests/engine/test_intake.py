@@ -10,9 +10,10 @@ from hypothesis.extra import numpy as hnp
 
 from lorica.core.errors import DataError
 from lorica.engine import commands
+from lorica.engine.arrays import array
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
-from lorica.engine.intake import array, dense, take_in
+from lorica.engine.intake import checked, take_in
 from lorica.training.losses import CROSS_ENTROPY, make_loss
 from tests.contract.cases import backbone
 
@@ -32,7 +33,7 @@ def message(**inputs: commands.Array | commands.Csr) -> commands.Datum:
 
 @given(hnp.arrays(np.int64, (3, 4), elements=st.integers(0, 3)))
 def test_a_sparse_array_holds_what_its_dense_form_holds(values: np.ndarray) -> None:
-    assert (dense(csr(values), "x") == values).all()
+    assert (checked(csr(values), "x") == values).all()
 
 
 @given(

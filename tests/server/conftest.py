@@ -22,6 +22,7 @@ from lorica.server import serve
 from lorica.server.settings import Settings
 from lorica.server.state import running
 from lorica.store import keys
+from scripts.cookbook.served import free_port
 
 os.environ.setdefault("TINKER_TELEMETRY", "0")
 
@@ -103,12 +104,8 @@ class Process:
     """`lorica serve` as a process, at one port over all its lives."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
-        import socket
-
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._arguments = arguments
         self.key: str | None = None
         self.url = f"http://127.0.0.1:{self.port}"

@@ -1,23 +1,20 @@
-"""A real engine in this process: it answers `Sample` commands from a stream of samples, as an engine process does."""
+"""A real engine in this process: `Sample` commands go through `Samplers`, as they do in an engine process."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from pathlib import Path
 
-import numpy as np
+import msgspec
 
-from lorica.engine.commands import Progress, Sample, Sampled, Sequence, TopK
+from lorica.core.errors import LoricaError
+from lorica.engine.commands import Progress, Sample
+from lorica.engine.core import failure
 from lorica.engine.host import Host
 from lorica.engine.link import EngineError, EngineGone
-from lorica.engine.requests import Failed, Finished, StreamRequest, Token
+from lorica.engine.samplers import Samplers
 from lorica.engine.stream import Stream
-from lorica.sampling.params import SamplingParams
-from lorica.server.wire.tensors import array, numpy
-
-
-def table(topk):
-    return None if topk is None else TopK(array(topk.ids), array(topk.logprobs))
 
 
 class LocalEngine:
@@ -25,85 +22,44 @@ class LocalEngine:
 
     def __init__(self, backbone):
         self.host = Host(backbone)
-        self.queue = Stream(self.host)
+        self.samplers = Samplers(Stream(self.host), Path(), 8)
         self.ready = asyncio.Event()
         self.ready.set()
         self.sent = []
         self.cancelled = []
         self.told = 0
         self.dies_after = None
-        self._adapters = {}
         self._inbox = {}
-        self._keys = itertools.count()
-
-    def load(self, folder):
-        if folder not in self._adapters:
-            self._adapters[folder] = self.host.load(folder, f"adapter {len(self._adapters)}")
-        return self._adapters[folder]
+        self._ids = itertools.count(1)
 
     async def stream(self, command):
         assert isinstance(command, Sample)
         self.sent.append(command)
-        params = SamplingParams(
-            max_tokens=command.max_tokens,
-            temperature=command.temperature,
-            top_k=command.top_k,
-            top_p=command.top_p,
-            seed=command.seed,
-            stop_ids=tuple(command.stop_ids),
-        )
-        key = next(self._keys)
-        request = StreamRequest(
-            key,
-            numpy(command.prompt).tolist(),
-            tuple(map(self.load, command.adapters)),
-            params,
-            command.num_samples,
-            prompt_logprobs=command.prompt_logprobs,
-            topk_prompt=command.topk_prompt,
-            topk_sample=command.topk_sample,
-        )
+        id = next(self._ids)
         try:
-            self.queue.add(request)
-        except ValueError as error:
+            self.samplers.add(msgspec.structs.replace(command, id=id))
+        except LoricaError as error:
             raise EngineError("user", error.code, error.message) from None
         try:
-            async for event in self._events(key):
-                if isinstance(event, Token) and command.stream:
-                    yield Progress(command.id, event.index, [event.token], [event.logprob])
+            async for reply in self._replies(id):
+                yield reply
+                if isinstance(reply, Progress):
                     self.told += 1
                     if self.told == self.dies_after:
                         raise EngineGone("The engine died.")
-                elif isinstance(event, Finished):
-                    yield self._sampled(command, event.result)
-                elif isinstance(event, Failed):
-                    raise EngineError("user", "data", str(event.error))
         finally:
-            if self.queue.cancel(key):
-                self.cancelled.append(key)
+            if self.samplers.cancel(id):
+                self.cancelled.append(id)
 
-    async def _events(self, key):
-        while not self.queue.idle:
-            if not self._inbox.get(key):
-                for event in self.queue.turn():
-                    self._inbox.setdefault(event.key, []).append(event)
-            for event in self._inbox.pop(key, []):
-                yield event
-                if not isinstance(event, Token):
+    async def _replies(self, id):
+        while True:
+            for reply in self._inbox.pop(id, []):
+                if isinstance(reply, tuple):
+                    failed = failure(*reply)
+                    raise EngineError(failed.category, failed.code, failed.message)
+                yield reply
+                if not isinstance(reply, Progress):
                     return
+            for reply in self.samplers.turn(2048):
+                self._inbox.setdefault(reply[0] if isinstance(reply, tuple) else reply.id, []).append(reply)
             await asyncio.sleep(0)
-        for event in self._inbox.pop(key, []):
-            yield event
-
-    def _sampled(self, command, result):
-        sequences = [
-            Sequence(
-                array(np.array(sample.tokens, np.int32)),
-                array(np.array(sample.logprobs, np.float32)),
-                "stop" if sample.stopped else "length",
-                table(sample.topk),
-            )
-            for sample in result.samples
-        ]
-        scores = None if result.prompt_logprobs is None else array(result.prompt_logprobs)
-        return Sampled(command.id, sequences, scores, table(result.topk_prompt), result.cached)

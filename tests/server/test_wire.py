@@ -12,6 +12,7 @@ from tinker import types
 from tinker.proto import request_conv, response_conv
 
 from lorica.core.errors import DataError
+from lorica.engine import arrays
 from lorica.engine.commands import Array, Csr, Sampled, Sequence, TopK, Trained
 from lorica.server.bodies import SampleBody
 from lorica.server.wire import sampling, tensors, train
@@ -38,9 +39,9 @@ def test_a_dense_request_of_the_sdk_becomes_a_train_command():
     command = train.command(message, id=5, run="run")
     assert command.backward and command.loss == "cross_entropy" and command.id == 5
     tokens, inputs = command.datums[0].tokens, command.datums[0].inputs
-    assert tensors.numpy(tokens).tolist() == [1, 2, 3] and tokens.dtype == "int32"
-    assert tensors.numpy(inputs["target_tokens"]).tolist() == [2, 3, 4]
-    assert tensors.numpy(inputs["weights"]).tolist() == [1.0, -0.5, 0.0]
+    assert arrays.numpy(tokens).tolist() == [1, 2, 3] and tokens.dtype == "int32"
+    assert arrays.numpy(inputs["target_tokens"]).tolist() == [2, 3, 4]
+    assert arrays.numpy(inputs["weights"]).tolist() == [1.0, -0.5, 0.0]
 
 
 def test_forward_only_is_not_ignored():
@@ -59,8 +60,8 @@ def test_sparse_targets_of_the_sdk_keep_their_values():
     command = train.command(train.parse(request([made]).SerializeToString()), id=1, run="r")
     given_targets = command.datums[0].inputs["target_tokens"]
     assert isinstance(given_targets, Csr)
-    assert np.array_equal(tensors.dense(given_targets), targets.numpy())
-    assert np.array_equal(tensors.dense(command.datums[0].inputs["weights"]), weights.numpy())
+    assert np.array_equal(arrays.dense(given_targets), targets.numpy())
+    assert np.array_equal(arrays.dense(command.datums[0].inputs["weights"]), weights.numpy())
 
 
 def test_the_second_form_of_a_losss_settings_comes_first():
@@ -79,7 +80,7 @@ def test_every_dtype_of_the_wire_is_read():
         (pb.DTYPE_BFLOAT16, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes(), values),
     ):
         read = tensors.read_tensor(pb.Tensor(dense=data, dtype=dtype), "it")
-        assert isinstance(read, Array) and tensors.numpy(read).tolist() == list(wanted)
+        assert isinstance(read, Array) and arrays.numpy(read).tolist() == list(wanted)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +107,9 @@ def test_no_bytes_break_the_reader(body):
 
 def test_ragged_answers_reach_the_sdk_datum_by_datum():
     outputs = [
-        {"logprobs": tensors.array(np.array([-1.0, -2.0], np.float32))},
-        {"logprobs": tensors.array(np.array([[-1.0, -2.0], [-3.0, -4.0]], np.float32))},
-        {"logprobs": tensors.array(np.array([-5.0], np.float32))},
+        {"logprobs": arrays.array(np.array([-1.0, -2.0], np.float32))},
+        {"logprobs": arrays.array(np.array([[-1.0, -2.0], [-3.0, -4.0]], np.float32))},
+        {"logprobs": arrays.array(np.array([-5.0], np.float32))},
     ]
     data = train.answer(Trained(1, outputs, {"loss:sum": float("nan"), "odd": 1.0}))
     read = response_conv.deserialize_forward_backward_output(data)
@@ -126,12 +127,12 @@ def test_an_answer_without_fields_still_counts_its_datums():
 
 
 def test_samples_reach_the_sdk_with_tables_and_reasons():
-    floats = tensors.array(np.array([-0.5, -1.5], np.float32))
-    table = TopK(tensors.array(np.array([[1, 2]] * 3, np.int32)), tensors.array(np.full((3, 2), -1.0, np.float32)))
+    floats = arrays.array(np.array([-0.5, -1.5], np.float32))
+    table = TopK(arrays.array(np.array([[1, 2]] * 3, np.int32)), arrays.array(np.full((3, 2), -1.0, np.float32)))
     reply = Sampled(
         1,
-        [Sequence(tensors.array(np.array([7, 8], np.int32)), floats, reason) for reason in ("stop", "length")],
-        tensors.array(np.array([0.0, -1.0, -2.0], np.float32)),
+        [Sequence(arrays.array(np.array([7, 8], np.int32)), floats, reason) for reason in ("stop", "length")],
+        arrays.array(np.array([0.0, -1.0, -2.0], np.float32)),
         table,
         cached=3,
     )

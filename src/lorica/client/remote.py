@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.adapters.targets import Targets
+from lorica.client.words import RESERVED
 from lorica.core.errors import ConfigError, DataError, FormatError, LoricaError, MissingError
 from lorica.methods.base import Method
 from lorica.methods.lora import LoRA
@@ -28,7 +29,6 @@ except ImportError as error:
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "lorica.json")
 """What is read of an adapter folder; the last one is Lorica's own and may be absent."""
-RESERVED = ("method", "config", "targets", "alpha", "lora_alpha")
 PAGE = 100
 
 

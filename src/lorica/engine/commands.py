@@ -204,9 +204,9 @@ class Opened(Reply, frozen=True):
 
 
 class Trained(Reply, frozen=True):
-    """For each datum its fields (`logprobs` [T] or of the targets' shape …), and metrics named `name:reduction`."""
+    """For each datum its fields (`logprobs` of the targets' shape …), and metrics named `name:reduction`."""
 
-    outputs: list[dict[str, Array | Csr]]
+    outputs: list[dict[str, Array]]
     metrics: dict[str, float]
 
 

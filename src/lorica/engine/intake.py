@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lorica.core.errors import DataError
 from lorica.data.datum import Datum, Floats, Ints
 from lorica.engine import commands
+from lorica.engine.arrays import array, dense, numpy
 from lorica.training.losses import Loss
 
 TARGETS = "target_tokens"
@@ -50,12 +51,12 @@ def take_in(message: commands.Datum, loss: Loss, where: str) -> Intake:
     Raises DataError: no targets, bytes that do not make the shape, tokens that are no integers, shapes that disagree,
     and what `Datum` and `Loss.check` refuse.
     """
-    tokens = _integers(dense(message.tokens, f"{where}: tokens"), f"{where}: tokens")
+    tokens = _integers(checked(message.tokens, f"{where}: tokens"), f"{where}: tokens")
     if tokens.ndim != 1:
         raise DataError(f"{where}: tokens have shape {tokens.shape}; one row of ids is right.")
     if TARGETS not in message.inputs:
         raise DataError(f"{where} has no {TARGETS!r}, which every loss reads.")
-    arrays = {name: dense(given, f"{where}: {name}") for name, given in message.inputs.items()}
+    arrays = {name: checked(given, f"{where}: {name}") for name, given in message.inputs.items()}
     targets = _integers(arrays.pop(TARGETS), f"{where}: {TARGETS}")
     count, shape = len(tokens), targets.shape
     if targets.ndim not in (1, 2) or shape[0] != count:
@@ -79,12 +80,7 @@ def take_in(message: commands.Datum, loss: Loss, where: str) -> Intake:
     return Intake(datum, shape, cells)
 
 
-def array(values: NDArray[Any]) -> commands.Array:
-    """A numpy array as a message."""
-    return commands.Array(np.ascontiguousarray(values).tobytes(), str(values.dtype), tuple(values.shape))
-
-
-def dense(given: Given, where: str) -> NDArray[Any]:
+def checked(given: Given, where: str) -> NDArray[Any]:
     """A message's array, a sparse one filled up with zeros. Raises DataError where its parts do not fit together."""
     if isinstance(given, commands.Array):
         return _array(given, where)
@@ -99,9 +95,7 @@ def dense(given: Given, where: str) -> NDArray[Any]:
         raise DataError(f"{where} has row pointers that do not divide its {len(values)} values among {rows} rows.")
     if len(col) != len(values) or (len(col) and not (col.min() >= 0 and col.max() < columns)):
         raise DataError(f"{where} has column indices that do not place its {len(values)} values in {columns} columns.")
-    filled = np.zeros(given.shape, values.dtype)
-    filled[np.repeat(np.arange(rows), np.diff(crow)), col] = values
-    return filled
+    return dense(given)
 
 
 def _array(message: commands.Array, where: str) -> NDArray[Any]:
@@ -114,7 +108,7 @@ def _array(message: commands.Array, where: str) -> NDArray[Any]:
         raise DataError(
             f"{where} is {len(message.data)} bytes; they do not make {message.shape} numbers of {dtype.itemsize} bytes."
         )
-    return np.frombuffer(message.data, dtype).reshape(message.shape)
+    return numpy(message)
 
 
 def _integers(values: NDArray[Any], where: str) -> Ints:

@@ -125,10 +125,10 @@ class Joint:
             marks = [run.remember() for _, run in group] if backward else []
             try:
                 results = self._call(group, backward)
-                fine = all(self._finite(run, own, backward) for (_, run), own in zip(group, results, strict=True))
+                fine = [self._finite(run, own, backward) for (_, run), own in zip(group, results, strict=True)]
             except Exception:
-                fine = False  # each is told its own error below
-            if not fine:
+                fine = [False]  # each is told its own error below
+            if not all(fine):
                 self.recomputed += 1
                 for (_, run), mark in zip(group, marks, strict=False):
                     run.restore(mark)
@@ -136,16 +136,20 @@ class Joint:
                     self._group([pair], backward, outcomes)
                 return
         elif group:
+            part, run = group[0]
             try:
                 results = self._call(group, backward)
+                fine = [self._finite(run, results[0], backward)]
             except Exception as error:
-                part, run = group[0]
                 if run.mark is not None and backward:
                     run.restore(run.mark)
                 run.mark = None
                 outcomes[part] = self._over(part, error)
                 return
-        for (part, run), own in zip(group, results if group else [], strict=True):
+        else:
+            return
+        for (part, run), own, well in zip(group, results, fine, strict=True):
+            (self._ill.discard if well else self._ill.add)(run.name)
             outcomes[part] = self._done(part, run, own, backward)
 
     def _call(self, group: list[tuple[Part, Run]], backward: bool) -> list[list[Result]]:
@@ -165,14 +169,13 @@ class Joint:
         if backward:
             run.changed()
             run.accumulated = True
-        (self._ill.discard if self._finite(run, results, backward) else self._ill.add)(run.name)
         request = part.request
         request.results |= dict(zip(part.indices, results, strict=True))
         if not part.last:
             return None
         run.mark = None
         ordered = [request.results[i] for i in range(len(request.intakes))]
-        outputs: list[dict[str, commands.Array | commands.Csr]] = [
+        outputs = [
             {"logprobs": intake.output(result.logprobs)}
             for intake, result in zip(request.intakes, ordered, strict=True)
         ]

@@ -16,8 +16,9 @@ import numpy as np
 from lorica.adapters.adapter import Adapter
 from lorica.core.errors import DataError, RouteError
 from lorica.engine import commands
+from lorica.engine.arrays import array
 from lorica.engine.host import Host
-from lorica.engine.intake import array, dense
+from lorica.engine.intake import checked
 from lorica.engine.requests import Event, Finished, Sample, StreamRequest, Token, TopK
 from lorica.engine.residency import Recent
 from lorica.engine.stream import Stream
@@ -94,7 +95,7 @@ class Samplers:
         return errors
 
     def _request(self, command: commands.Sample, stack: tuple[Adapter, ...]) -> StreamRequest:
-        prompt = dense(command.prompt, "The prompt")
+        prompt = checked(command.prompt, "The prompt")
         if prompt.ndim != 1 or prompt.dtype.kind != "i":
             raise DataError(f"The prompt is {prompt.dtype} of shape {prompt.shape}; one row of token ids is right.")
         params = SamplingParams(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from lorica.engine.arrays import numpy
 from lorica.engine.commands import Command, Csr, Datum, Load, Reply, Step, Stepped, Train, Trained
-from lorica.server.wire.tensors import numpy
 from lorica.store import points
 
 LOSS = "loss:sum"

@@ -157,12 +157,8 @@ class RunQueue(RunLife):
         await self._afford(item)
         try:
             prepared = await self._rt.work.prepare(self.run, item.kind, item.body)
-        except LoricaError as error:
-            await self._finish(item, work.failure(error))
-            return
-        except Exception:
-            log.exception("request %s", item.id)
-            await self._finish(item, Result.failed("server", "server", "The server met an error of its own."))
+        except Exception as error:
+            await self._finish(item, _failed(item, error))
             return
         if life != self.backbone.life or self._engine != life:  # it died while we prepared
             self._return(item)
@@ -199,15 +195,8 @@ class RunQueue(RunLife):
         except EngineGone:
             self._return(item)
             return
-        except EngineError as error:
-            await self._finish(item, engine_failure(error))
-            return
-        except LoricaError as error:
-            await self._finish(item, work.failure(error))
-            return
-        except Exception:
-            log.exception("request %s", item.id)
-            await self._finish(item, Result.failed("server", "server", "The server met an error of its own."))
+        except Exception as error:
+            await self._finish(item, _failed(item, error))
             return
         await self._finish(item, result, record, did)
         for artifact in prepared.after:
@@ -298,3 +287,13 @@ class RunQueue(RunLife):
                     journal.finish(c, found, "error", failure)
 
         await self._rt.database.write(write)
+
+
+def _failed(item: Item, error: Exception) -> Result:
+    """The result of a request that an error ended: what was wrong with it, or that the server was."""
+    if isinstance(error, EngineError):
+        return engine_failure(error)
+    if isinstance(error, LoricaError):
+        return work.failure(error)
+    log.error("request %s", item.id, exc_info=error)
+    return Result.failed("server", "server", "The server met an error of its own.")

@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from lorica.client.words import RESERVED
 from lorica.core.errors import ConfigError, DataError, TargetError
 from lorica.server.bodies import CreateModelBody, LoraConfigBody
 
@@ -22,7 +23,6 @@ EXPERTS = ("qwen2_moe", "qwen3_moe", "mixtral", "olmoe")
 OPTIMIZERS = ("adamw",)
 ALPHA = 32
 """The alpha of every LoRA that a client asks for without naming one, as on the hosted service."""
-RESERVED = ("method", "config", "targets", "alpha", "lora_alpha")
 
 
 def spec_of(body: CreateModelBody, family: str) -> dict[str, Any]:

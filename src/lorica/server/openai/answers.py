@@ -13,12 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from lorica.engine.arrays import numpy
 from lorica.engine.commands import Sampled
 from lorica.server.openai.draws import rows
 from lorica.server.openai.jobs import Job, Prompt
 from lorica.server.openai.writer import Part, Said, Top
 from lorica.server.text import Pieces
-from lorica.server.wire.tensors import numpy
 
 NEVER = -9999.0
 """The log-probability of what cannot happen, as OpenAI writes it."""

@@ -12,12 +12,12 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol, cast
 
+from lorica.engine.arrays import numpy
 from lorica.engine.commands import Command, Progress, Reply, Sample, Sampled, TopK
 from lorica.engine.link import EngineGone
 from lorica.server.errors import ApiError
 from lorica.server.items import DEATHS
 from lorica.server.openai.writer import Top, Writer
-from lorica.server.wire.tensors import numpy
 
 
 class Engine(Protocol):

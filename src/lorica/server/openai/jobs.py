@@ -16,6 +16,7 @@ import numpy as np
 
 from lorica.core.errors import DataError, did_you_mean
 from lorica.data.turns import from_messages
+from lorica.engine.arrays import array
 from lorica.engine.commands import Sample
 from lorica.server.openai.bodies import ChatRequest, CompletionRequest, Request
 from lorica.server.openai.draws import Draw
@@ -24,7 +25,6 @@ from lorica.server.openai.models import Model
 from lorica.server.openai.writer import Writer
 from lorica.server.settings import Limits
 from lorica.server.text import Text, text_of
-from lorica.server.wire.tensors import array
 
 LONG = 4096
 """Characters from which a prompt is read in another thread."""

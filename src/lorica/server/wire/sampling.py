@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from lorica.core.errors import DataError
+from lorica.engine.arrays import array, numpy
 from lorica.engine.commands import Sample, Sampled, Sequence, TopK
 from lorica.server.bodies import SampleBody
 from lorica.server.wire.proto import pb
-from lorica.server.wire.tensors import array, numpy
 
 NO_TOKEN = (0, -99999.0)
 """What fills the places of a top-k table that hold nothing."""

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorica.core.errors import DataError
+from lorica.engine.arrays import array
 from lorica.engine.commands import Array, Csr
 from lorica.server.wire.proto import pb
 
@@ -29,17 +30,6 @@ _WRITE: dict[str, int] = {
     "int64": pb.DTYPE_INT64,
     "int32": pb.DTYPE_INT32,
 }
-
-
-def array(values: NDArray[Any]) -> Array:
-    """A numpy array as the engine's messages carry it."""
-    values = np.ascontiguousarray(values)
-    return Array(values.tobytes(), values.dtype.name, tuple(values.shape))
-
-
-def numpy(value: Array) -> NDArray[Any]:
-    """The numpy view of a message's array, read-only."""
-    return np.frombuffer(value.data, dtype=value.dtype).reshape(value.shape)
 
 
 def read_tensor(message: Any, where: str) -> Array | Csr:
@@ -85,17 +75,6 @@ def _shape(given: Sequence[int], where: str) -> tuple[int, ...]:
     if len(shape) > 4 or any(n < 0 or n > 2**31 for n in shape):
         raise DataError(f"{where} has shape {list(shape)}, which no tensor here can have.")
     return shape
-
-
-def dense(value: Array | Csr) -> NDArray[Any]:
-    """The numpy array of either kind; a CSR matrix has zeros where it holds nothing."""
-    if isinstance(value, Array):
-        return numpy(value)
-    values, crow, col = numpy(value.values), numpy(value.crow), numpy(value.col)
-    out = np.zeros(value.shape, dtype=values.dtype)
-    rows = np.repeat(np.arange(value.shape[0]), np.diff(crow))
-    out[rows, col] = values
-    return out
 
 
 def write_batched(target: Any, values: Sequence[NDArray[Any]]) -> None:

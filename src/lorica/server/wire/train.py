@@ -16,9 +16,10 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from lorica.core.errors import DataError
+from lorica.engine.arrays import array, numpy
 from lorica.engine.commands import Array, Datum, Train, Trained
 from lorica.server.wire.proto import pb
-from lorica.server.wire.tensors import array, dense, read_tensor, wire_dtype, write_batched
+from lorica.server.wire.tensors import read_tensor, wire_dtype, write_batched
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def _tokens(chunks: Any, where: str) -> Array:
 def answer(reply: Trained) -> bytes:
     """A `ForwardBackwardOutput`: one record for each stretch of datums whose fields have equal trailing axes."""
     output = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord")
-    arrays = [{name: wire_dtype(dense(value)) for name, value in sorted(datum.items())} for datum in reply.outputs]
+    arrays = [{name: wire_dtype(numpy(value)) for name, value in sorted(datum.items())} for datum in reply.outputs]
     for datums in _rectangular(arrays):
         record = output.loss_fn_outputs.add(num_datums=len(datums))
         for name in datums[0]:
