@@ -79,6 +79,9 @@ class Adapter:
         for name, site in layout.sites.items():
             if name in layout.specs:
                 self._put(name, layout.methods[name].init(site, weight_of(name), self._rng(name)))
+        for name, param in layout.changing:
+            if param not in self.frozen.get(name, {}):
+                self.set(name, param, torch.zeros(layout.specs[name][param].shape))
         return self
 
     def _rng(self, site: str) -> torch.Generator:
@@ -99,12 +102,18 @@ class Adapter:
         if spec.trainable:
             place = self.layout.places[site][param]
             self.flat[place.offset : place.offset + place.size] = value.detach().reshape(-1).to(self.flat)
+        elif spec.changes:
+            self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat.device, torch.float32, copy=True)
         elif site == GLOBAL:
             self._share(param, value)
         else:
             self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat).contiguous()
         if not spec.trainable and site in self._leaves:
             self._leaves[site][param] = self.frozen[site][param]
+
+    def changing(self) -> dict[str, Tensor]:
+        """The tensors that step hooks write, by `site/param`: themselves, not copies."""
+        return {f"{site}/{param}": self.frozen[site][param] for site, param in self.layout.changing}
 
     def _share(self, param: str, value: Tensor) -> None:
         """Keep one copy of equal frozen global tensors, whoever made them."""
@@ -157,6 +166,11 @@ class Adapter:
         """The trained leaves."""
         return [tensor for _, _, tensor in self.named_tensors(trainable_only=True)]
 
+    def gradients(self, site: str) -> dict[str, Tensor]:
+        """Views of the gradient row, of one site's trained tensors; call `collect_grad` before."""
+        places = self.layout.places.get(site, {})
+        return {p: self.grad[at.offset : at.offset + at.size].view(at.shape) for p, at in places.items()}
+
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """Torch param groups: one flat tensor for each (group, decay); call `collect_grad` before a step."""
         groups = []
@@ -191,14 +205,10 @@ class Adapter:
         if flat is self.flat:  # nothing moves: an optimiser that was made before still holds the right rows
             return self
         self.flat = flat
-        shared = self.frozen.pop(GLOBAL, {})
-        self.frozen = {
-            s: {p: t.to(device=device, dtype=dtype) for p, t in owned.items()} for s, owned in self.frozen.items()
-        }
-        self._kept = []
-        for param, value in shared.items():
-            self._share(param, value)
+        frozen, self.frozen, self._kept = self.frozen, {}, []
         self._grad, self._leaves = None, {}
+        for site, owned in frozen.items():
+            self._put(site, owned)
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Layout:
     """Offsets of every trained tensor and shapes of every frozen one.
 
     Attributes: `sites` and `methods` by site name, in backbone order; `places[site][param]`; `frozen[site][param]`;
-    `groups`; `size` in elements. Global tensors stand under the site name `GLOBAL`.
+    `changing`, the (site, param) of those frozen ones that step hooks write; `groups`; `size` in elements. Global
+    tensors stand under the site name `GLOBAL`.
     """
 
     def __init__(self, method: Method, picked: Mapping[str, tuple[Site, Method]]) -> None:
@@ -58,6 +59,7 @@ class Layout:
         self.frozen: dict[str, dict[str, tuple[int, ...]]] = {}
         self.places: dict[str, dict[str, Place]] = {}
         self.groups: list[Group] = []
+        self.changing: list[tuple[str, str]] = []
         self.size = self._lay_out()
         self.key = (method, tuple((name, self.methods[name]) for name in self.sites), tuple(self.sites.values()))
 
@@ -69,6 +71,8 @@ class Layout:
                     buckets.setdefault((spec.group, spec.decay), []).append((site, param, spec))
                 else:
                     self.frozen.setdefault(site, {})[param] = spec.shape
+                    if spec.changes:
+                        self.changing.append((site, param))
         offset = 0
         for (group, decay), members in buckets.items():
             start = offset

@@ -62,14 +62,14 @@ class Service:
         name: str = "default",
         seed: int = 0,
         optimizer: AdamWConfig | None = None,
-        steps: int = 1,
+        steps: int | None = None,
     ) -> TrainingClient:
         """A new adapter and a client that trains it for `steps` optimiser steps. Raises TargetError, MethodError."""
         adapter = self.host.add(name, method, targets, seed=seed)
         return TrainingClient(self, adapter, optimizer or AdamWConfig(), steps)
 
     def continue_client(
-        self, path: str | Path, *, name: str = "default", optimizer: AdamWConfig | None = None, steps: int = 1
+        self, path: str | Path, *, name: str = "default", optimizer: AdamWConfig | None = None, steps: int | None = None
     ) -> TrainingClient:
         """A client that trains an adapter folder further, with a fresh optimiser. Raises FormatError, MismatchError."""
         return TrainingClient(self, self.host.load(path, name), optimizer or AdamWConfig(), steps)
@@ -105,7 +105,7 @@ class TrainingClient:
     whether there is one.
     """
 
-    def __init__(self, service: Service, adapter: Adapter, optimizer: AdamWConfig, steps: int) -> None:
+    def __init__(self, service: Service, adapter: Adapter, optimizer: AdamWConfig, steps: int | None) -> None:
         self.service = service
         self.adapter = adapter
         self.optimizer = AdapterOptimizer(adapter, optimizer, steps=steps)
@@ -141,6 +141,7 @@ class TrainingClient:
         """All that continues this client exactly: adapter, optimiser, schedule, counters, torch's random state."""
         return {
             "flat": self.adapter.flat.clone(),
+            "changing": {name: value.clone() for name, value in self.adapter.changing().items()},
             "forwards": self.adapter.forwards,
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -156,6 +157,11 @@ class TrainingClient:
                 f"{self.adapter.flat.numel()}."
             )
         self.adapter.flat.copy_(state["flat"])
+        changing = self.adapter.changing()
+        if state.get("changing", {}).keys() != changing.keys():
+            raise FormatError(f"The saved state lacks what {self.adapter.method.name!r} changes at each step.")
+        for name, value in changing.items():
+            value.copy_(state["changing"][name])
         self.adapter.forwards = state["forwards"]
         self.adapter.zero_grad()
         self.weight, self.waiting = 0.0, False

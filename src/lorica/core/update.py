@@ -112,12 +112,17 @@ Update = LinearUpdate | SoftPrompt | PrefixKV
 
 @dataclass(frozen=True, slots=True)
 class ParamSpec:
-    """One tensor that a method owns at a site: its shape, whether it is trained, decayed, and in which group."""
+    """One tensor that a method owns at a site: its shape, whether it is trained, decayed, and in which group.
+
+    A tensor that is not trained but `changes` is written by the method's step hooks (a counter, a mask, a choice): it
+    is float32 whatever the adapter's dtype, and never shared with other adapters.
+    """
 
     shape: tuple[int, ...]
     trainable: bool = True
     decay: bool = True
     group: str = "default"
+    changes: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from lorica.engine.commands import RunSpec
 from lorica.engine.host import Host
 from lorica.engine.residency import Recent, State, read_record, read_state, write_state
 from lorica.methods import get_method
-from lorica.training.optimizer import MOMENTS, AdamStep, AdapterOptimizer
+from lorica.training.optimizer import MOMENTS, OWN, AdamStep, AdapterOptimizer
 
 OPTIMIZER = "optimizer.safetensors"
 """The file that an adapter folder has beside the adapter's own where training can be continued from it."""
@@ -328,7 +328,8 @@ def _counted(optimizer: AdapterOptimizer) -> dict[str, Any]:
 
 def _optimizer(adapter: Adapter, tensors: dict[str, Tensor], record: dict[str, Any]) -> AdapterOptimizer:
     optimizer = AdapterOptimizer(adapter)
-    optimizer.restore({name: tensors[name] for name in MOMENTS if name in tensors}, int(record.get("done", 0)))
+    kept = {name: value for name, value in tensors.items() if name in MOMENTS or name.startswith(OWN)}
+    optimizer.restore(kept, int(record.get("done", 0)))
     return optimizer
 
 

@@ -48,6 +48,52 @@ class PeftNames:
     fixed: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class SiteStep:
+    """One site's tensors at an optimiser step. Writing into `values` and `grads` in place changes the adapter.
+
+    Attributes: `method` is the config resolved for the site; `values` has every tensor, frozen ones too; `grads` those
+    of the trained ones.
+    """
+
+    site: Site
+    method: Method
+    values: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStep:
+    """The tensors that an adapter owns once, at an optimiser step; see `SiteStep`."""
+
+    values: Mapping[str, Tensor]
+    grads: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a method's step hooks may see and change of one adapter.
+
+    Attributes:
+        done: optimiser steps before this one. total: how many are planned, None where nobody said.
+        lr, betas, eps, weight_decay: of this step; a group's factor (`Method.group_lr`) is not in `lr`.
+        sites: by name, those that own tensors. shared: the tensors that the adapter owns once.
+        state: what the method keeps between steps, by names of its own choice; saved with the optimiser.
+        rng: a CPU generator whose draws depend on the adapter's seed and on `done` alone.
+    """
+
+    done: int
+    total: int | None
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    sites: Mapping[str, SiteStep]
+    shared: SharedStep
+    state: dict[str, Tensor]
+    rng: torch.Generator
+
+
 class Method(Config, ABC):
     """A way to adapt a backbone. Subclasses are final: fields are the config, class variables are the declaration."""
 
@@ -72,8 +118,8 @@ class Method(Config, ABC):
         """Shapes of the tensors owned at one site. Raises MethodError when the config does not fit the site."""
 
     def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:
-        """Initial float32 values for `params(site)`, drawn only from `rng` (a CPU generator). A trained tensor that is
-        left out starts at zero.
+        """Initial float32 values for `params(site)`, drawn only from `rng` (a CPU generator). A tensor that is trained
+        or changes starts at zero if it is left out.
         """
         return {}
 
@@ -88,3 +134,25 @@ class Method(Config, ABC):
     def init_global(self, sites: Sequence[Site], rng: torch.Generator) -> dict[str, Tensor]:
         """Initial float32 values for `global_params(sites)`."""
         return {}
+
+    # -- what happens at an optimiser step; most methods leave it to AdamW alone -----------------------------------
+
+    def group_lr(self) -> Mapping[str, float]:
+        """Factors on the learning rate by parameter group (LoRA+); a group that is not named has 1."""
+        return {}
+
+    @property
+    def plain_steps(self) -> bool:
+        """Whether a step is `value − lr · factor · (gradient + decay · value)` (SGD) instead of AdamW's."""
+        return False
+
+    @classmethod
+    def has_step_hooks(cls) -> bool:
+        """Whether the class does anything at a step; for others nothing is gathered."""
+        return cls.before_step is not Method.before_step or cls.after_step is not Method.after_step
+
+    def before_step(self, step: Step) -> None:
+        """Change gradients in place, after clipping and before the step. Called for the adapter's own method alone."""
+
+    def after_step(self, step: Step) -> None:
+        """Change values in place after the step; the gradients that it used are still there."""

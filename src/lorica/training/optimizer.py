@@ -1,12 +1,14 @@
-"""One adapter's AdamW: torch's own, over a few flat tensors, with clipping and a schedule.
+"""One adapter's optimiser: torch's own AdamW (or SGD) over a few flat tensors, with clipping, a schedule, and what the
+adapter's method does before and after a step.
 
 In: an adapter whose gradient row is filled. Out: new values in place, and the norm of the gradient.
-Refuses to know losses, batches and other adapters.
+Refuses to know losses, batches, other adapters, and what a method does in its hooks.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,12 +18,16 @@ from pydantic import Field
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
+from lorica.adapters.layout import GLOBAL
 from lorica.core.config import Config
 from lorica.core.errors import ConfigError, FormatError, MethodError, did_you_mean
+from lorica.methods.base import SharedStep, SiteStep, Step
 
 ScheduleName = Literal["constant", "linear", "cosine"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """The rows that Adam keeps beside an adapter's values."""
+OWN = "state/"
+"""Before the names of what the adapter's method keeps between steps (`Step.state`)."""
 
 
 class AdamWConfig(Config):
@@ -82,19 +88,25 @@ class AdamStep:
 
 
 class AdapterOptimizer:
-    """`torch.optim.AdamW` (fused where torch has it) over one adapter's flat groups.
+    """`torch.optim.AdamW` (fused where torch has it) over one adapter's flat groups, and the method's step hooks.
 
     Each step is set by the config and its schedule, or by an `AdamStep`. The moments are two rows as the adapter's
     own, `exp_avg` and `exp_avg_sq`; they are made by the first step, so an optimiser that never steps costs nothing.
+    A method with `plain_steps` is stepped by `torch.optim.SGD`, which keeps nothing. `steps` are those planned: what
+    the schedule spans and a method's own schedules may ask for; None where nobody knows.
     """
 
-    def __init__(self, adapter: Adapter, config: AdamWConfig | None = None, *, steps: int = 1) -> None:
+    def __init__(self, adapter: Adapter, config: AdamWConfig | None = None, *, steps: int | None = None) -> None:
         self.adapter = adapter
         self.config = config or AdamWConfig()
         self.done = 0
-        self._factor = schedule(self.config, steps)
+        self.steps = steps
+        self._factor = schedule(self.config, steps or 1)
         self._flat = adapter.flat
-        self._adamw: torch.optim.AdamW | None = None
+        self._plain = adapter.method.plain_steps
+        self._hooks = adapter.method.has_step_hooks()
+        self._own: dict[str, Tensor] = {}
+        self._torch: torch.optim.Optimizer | None = None
         self._moments: tuple[Tensor, Tensor] | None = None
         own = {group.name for group in adapter.layout.groups}
         for name in self.config.group_lr:
@@ -132,24 +144,50 @@ class AdapterOptimizer:
         if settings.clip and norm > settings.clip:
             grad.mul_(settings.clip / norm)
         if math.isfinite(norm):
-            self._torch(settings).step()
+            hooked = self._hooked(settings) if self._hooks else None
+            if hooked is not None:
+                self.adapter.method.before_step(hooked)
+            self._ready(settings).step()
+            if hooked is not None:
+                self.adapter.method.after_step(hooked)
             self.done += 1
         self.adapter.zero_grad()
         return norm
 
-    def _torch(self, settings: AdamStep) -> torch.optim.AdamW:
-        """torch's optimiser, made on first use, with the settings of this step."""
-        if self._adamw is None:
-            self._adamw = self._made()
-        for group in self._adamw.param_groups:
-            group["lr"] = settings.lr * self.config.group_lr.get(group["name"], 1.0)
-            group["betas"], group["eps"] = settings.betas, settings.eps
-            group["weight_decay"] = settings.weight_decay if group["decay"] else 0.0
-        return self._adamw
+    @torch.no_grad()
+    def _hooked(self, settings: AdamStep) -> Step:
+        """What the method may see of this step; gradients are gathered in the row already."""
+        adapter, layout = self.adapter, self.adapter.layout
+        own = type(adapter.method)
+        sites = {
+            name: SiteStep(site, layout.methods[name], adapter.values(name), adapter.gradients(name))
+            for name, site in layout.sites.items()
+            if type(layout.methods[name]) is own
+        }
+        shared = SharedStep(adapter.values(GLOBAL), adapter.gradients(GLOBAL))
+        # torch's CPU generator reads the low 32 bits of a seed alone
+        rng = torch.Generator().manual_seed(zlib.crc32(f"{adapter.seed}/step {self.done}".encode()))
+        s = settings
+        return Step(self.done, self.steps, s.lr, s.betas, s.eps, s.weight_decay, sites, shared, self._own, rng)
 
-    def _made(self) -> torch.optim.AdamW:
+    def _ready(self, settings: AdamStep) -> torch.optim.Optimizer:
+        """torch's optimiser, made on first use, with the settings of this step."""
+        if self._torch is None:
+            self._torch = self._made()
+        factors = self.adapter.method.group_lr()
+        for group in self._torch.param_groups:
+            name = group["name"]
+            group["lr"] = settings.lr * self.config.group_lr.get(name, 1.0) * factors.get(name, 1.0)
+            group["weight_decay"] = settings.weight_decay if group["decay"] else 0.0
+            if not self._plain:
+                group["betas"], group["eps"] = settings.betas, settings.eps
+        return self._torch
+
+    def _made(self) -> torch.optim.Optimizer:
         """torch's optimiser, its moments being slices of our two rows."""
         groups = self.adapter.optimizer_groups()
+        if self._plain:
+            return torch.optim.SGD(groups, lr=0.0, foreach=False)
         adamw = torch.optim.AdamW(groups, lr=0.0, fused=True)
         first, second = self._moments or (torch.zeros_like(self._flat), torch.zeros_like(self._flat))
         self._moments = first, second
@@ -161,26 +199,38 @@ class AdapterOptimizer:
         return adamw
 
     def tensors(self) -> dict[str, Tensor]:
-        """The two moments themselves, not copies; none before the first step. With `done`, all there is to continue."""
-        return {} if self._moments is None else dict(zip(MOMENTS, self._moments, strict=True))
+        """The two moments and what the method keeps: themselves, not copies; none before the first step. With `done`
+        and the adapter, all there is to continue.
+        """
+        own = {f"{OWN}{name}": value for name, value in self._own.items()}
+        return own if self._moments is None else {**dict(zip(MOMENTS, self._moments, strict=True)), **own}
 
     def restore(self, tensors: Mapping[str, Tensor], done: int) -> None:
         """Continue from copies of `tensors()` after `done` steps. Raises FormatError where they are not this
         adapter's.
         """
-        if set(tensors) != (set(MOMENTS) if done else set()):
+        own = {name.removeprefix(OWN): value for name, value in tensors.items() if name.startswith(OWN)}
+        moments = {name: value for name, value in tensors.items() if not name.startswith(OWN)}
+        expected = set(MOMENTS) if done and not self._plain else set()
+        if set(moments) != expected:
             raise FormatError(
-                f"An optimiser after {done} steps has {' and '.join(MOMENTS) if done else 'no moments'}; "
-                f"this one has {', '.join(sorted(tensors)) or 'none'}."
+                f"An optimiser after {done} steps has {' and '.join(sorted(expected)) or 'no moments'}; "
+                f"this one has {', '.join(sorted(moments)) or 'none'}."
             )
-        for name, value in tensors.items():
+        if own and not (self._hooks and done):
+            raise FormatError(
+                f"The optimiser's state has {', '.join(sorted(own))}, which method {self.adapter.method.name!r} "
+                f"does not keep after {done} steps."
+            )
+        for name, value in moments.items():
             if value.shape != self._flat.shape:
                 raise FormatError(
                     f"Moment {name!r} has shape {tuple(value.shape)}; the adapter's {tuple(self._flat.shape)} is right."
                 )
-        kept = [tensors[name].detach().to(self._flat, copy=True) for name in MOMENTS] if tensors else None
+        kept = [moments[name].detach().to(self._flat, copy=True) for name in MOMENTS] if moments else None
         self._moments = None if kept is None else (kept[0], kept[1])
-        self._adamw, self.done = None, done
+        self._own = {name: value.detach().to(self._flat.device, copy=True) for name, value in own.items()}
+        self._torch, self.done = None, done
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of everything that continues the optimiser; later steps do not change it."""
