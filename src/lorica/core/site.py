@@ -34,6 +34,8 @@ class Site:
         router: the site chooses experts for tokens, left out of `all-linear`.
         expert: index of the expert inside a fused tensor, or None.
         query_heads: attention only; the number of query heads.
+        parts: of a weight that holds several maps of one input below each other, each map's name and outputs in order:
+            `(("q", 768), ("k", 768), ("v", 768))`; empty elsewhere.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Site:
     router: bool = False
     expert: int | None = None
     query_heads: int = 0
+    parts: tuple[tuple[str, int], ...] = ()
 
     @property
     def role(self) -> str:

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from lorica.core.errors import FormatError
 from lorica.core.site import Site
+from lorica.models.fused import fused_parts
 
 INPUT = "input"
 HEAD_NAMES = frozenset({"classifier", "score", "qa_outputs", "seq_relationship", "lm_head"})
@@ -57,7 +58,8 @@ def list_places(root: nn.Module) -> dict[str, Place]:
             continue
         for place in _of_module(name or "root", module):
             head = id(module) in heads and place.site.kind == "linear"
-            places[place.site.name] = replace(place, site=replace(place.site, head=head))
+            parts = fused_parts(place.site, name, root)
+            places[place.site.name] = replace(place, site=replace(place.site, head=head, parts=parts))
     return _mark_tied(places)
 
 
@@ -138,7 +140,7 @@ def embedding_scale(module: nn.Embedding) -> float | None:
 
 def attention_heads(module: nn.Module) -> tuple[int, int, int] | None:
     """(query heads, kv heads, head dim) of a self-attention that goes through transformers' attention interface."""
-    if not _calls_interface(type(module)) or getattr(module, "is_cross_attention", False):
+    if not calls_interface(type(module)) or getattr(module, "is_cross_attention", False):
         return None
     if "CrossAttention" in type(module).__name__ or hasattr(module, "v_head_dim"):  # keys and values of different width
         return None
@@ -151,7 +153,8 @@ def attention_heads(module: nn.Module) -> tuple[int, int, int] | None:
     return query, kv or query // (_first(module, "num_key_value_groups") or 1), width
 
 
-def _calls_interface(cls: type[nn.Module]) -> bool:
+def calls_interface(cls: type[nn.Module]) -> bool:
+    """Whether modules of a class ask transformers' registry for their attention kernel."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
 
