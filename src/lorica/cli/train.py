@@ -124,9 +124,12 @@ def _memory(memory: Any) -> str:
 
 def _share(trained: Any) -> str:
     frozen = f" and {trained.frozen:,} frozen extra values" if trained.frozen else ""
-    return (
-        f"{trained.method} on {trained.sites} sites: {trained.parameters:,} trained parameters{frozen}, "
-        f"{trained.share:.2%} of the base's {trained.base_parameters:,}."
+    return "\n".join(
+        (
+            f"{trained.method} on {trained.sites} sites: {trained.parameters:,} trained parameters{frozen}, "
+            f"{trained.share:.2%} of the base's {trained.base_parameters:,}.",
+            *trained.oversized,
+        )
     )
 
 

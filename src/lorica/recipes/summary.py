@@ -47,6 +47,16 @@ class Trained:
         """Trained parameters over the base's."""
         return self.parameters / self.base_parameters
 
+    @property
+    def oversized(self) -> tuple[str, ...]:
+        """One sentence for each group of sites that trains more values than its weights have: r > oi / (o + i)."""
+        return tuple(
+            f"At {group.role} the method trains {group.parameters // group.count:,} values for a weight of "
+            f"{math.prod(group.shape):,}: a lower rank or `delta` would be smaller."
+            for group in self.groups
+            if group.shape and group.parameters > group.count * math.prod(group.shape)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -64,7 +74,7 @@ class Summary:
         return {
             "config": self.config,
             "data": self.data.to_dict(),
-            "trained": {**asdict(self.trained), "share": self.trained.share},
+            "trained": {**asdict(self.trained), "share": self.trained.share, "oversized": self.trained.oversized},
             "steps": self.steps,
             "memory": None if self.memory is None else asdict(self.memory),
         }
