@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +20,14 @@ BLOCK = 2**23
 """Most weight elements in float64 at a time (64 MiB)."""
 
 
-def work_device(tensor: Tensor) -> torch.device:
+class Placed(Protocol):
+    """Anything that is on a device: a tensor, a frozen weight."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def work_device(tensor: Placed) -> torch.device:
     """Where float64 arithmetic on a tensor is done: on its own device, and on the CPU for mps, which has none."""
     return torch.device("cpu") if tensor.device.type == "mps" else tensor.device
 

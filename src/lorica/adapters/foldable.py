@@ -58,14 +58,21 @@ def _checked(adapter: Adapter, backbone: Backbone, name: str, partner: str | Non
     if update.bias_O is not None and not backbone.sites[name].bias and bool((update.bias_O != 0).any()):
         raise MergeError(
             f"Site {name!r} has no bias that the one of the {who} could be added to.",
-            hint="Train without a bias (`lora_bias`), or keep the adapter beside the model.",
+            hint="Train without that bias, adapt a module that has one, or keep the adapter beside the model.",
+        )
+    weight = backbone.weight(name)
+    if undoable and weight.packed is not None and changes_weight(update):
+        raise MergeError(
+            f"The weight of site {name!r} is stored as {weight.packed.form.name}; quantising it again is nothing that "
+            "arithmetic undoes.",
+            hint="Merge with `keep=True`.",
         )
     if undoable and not invertible(update):
         raise MergeError(
             f"The {who} scales a feature of site {name!r} by zero, which arithmetic cannot undo.",
             hint="Merge with `keep=True`.",
         )
-    if backbone.weight(name).matrix().device.type == "meta":
+    if weight.device.type == "meta":
         raise MergeError(f"The weight of site {name!r} is on the meta device and has no values to merge into.")
     return update
 
@@ -83,7 +90,7 @@ def _partners(backbone: Backbone) -> dict[str, str]:
                 owners.setdefault(tensor.data_ptr(), []).append((full, (id(module), attribute)))
     found: dict[str, str] = {}
     for name, site in backbone.sites.items():
-        if site.kind not in ("input", "attention"):
+        if site.kind not in ("input", "attention") and backbone.weight(name).packed is None:
             owner, attribute, _ = backbone.parameter(name)
             others = owners.get(getattr(owner, attribute).data_ptr(), [])
             partner = next((full for full, key in others if key != (id(owner), attribute)), None)

@@ -6,9 +6,9 @@ Refuses to know routes, hooks and files; no method writes a merge of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lorica.adapters.fold import (
 )
 from lorica.adapters.foldable import dtype_name, folding_plan
 from lorica.adapters.probe import Difference, beside, compare, probe_inputs
+from lorica.adapters.requantize import Rounding, fold_packed
 from lorica.core.errors import MergeError
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate
@@ -42,7 +43,8 @@ class MergeReport:
         difference: largest absolute difference of a site's outputs on N(0, 1) probes, merged against adapted.
         relative: largest such difference in units of the site's largest output.
         worst: the site of the largest relative difference.
-        dtype: what the results were rounded to, e.g. `bfloat16`.
+        dtype: what the results were rounded to, e.g. `bfloat16`, or `nf4` where the worst site is packed.
+        rounding: what quantising again lost, of each site whose weight is packed.
     """
 
     sites: int
@@ -50,17 +52,26 @@ class MergeReport:
     relative: float
     worst: str
     dtype: str
+    rounding: Mapping[str, Rounding] = field(default_factory=dict)
 
     def __str__(self) -> str:
         places = "1 site" if self.sites == 1 else f"{self.sites} sites"
-        return (
+        text = (
             f"Merged {places} in float64 and rounded to {self.dtype}: on probes the outputs differ by at most "
             f"{self.difference:.1e} ({self.relative:.1e} of the largest output, at {self.worst})."
         )
+        if not self.rounding:
+            return text
+        worst = max(self.rounding, key=lambda name: self.rounding[name].update)
+        return (
+            f"{text} Quantising again is no exact merge: its rounding is up to {self.rounding[worst].update:.0%} of "
+            f"the size of what was merged (at {worst})."
+        )
 
     def lines(self) -> list[str]:
-        """The report as lines to print."""
-        return [str(self)]
+        """The report as lines to print: one for each site that was quantised again."""
+        rows = [f"  {n}: {r.weight:.2e} of the weight, {r.update:.2e} of the update" for n, r in self.rounding.items()]
+        return [str(self), *(["Rounding by site (Frobenius norms):", *rows] if rows else [])]
 
 
 class Merge:
@@ -68,10 +79,11 @@ class Merge:
 
     `W' = diag(out_scale) ((W₀ + delta) diag(in_scale) + Σ BA)` and `b' = b₀ (⊙ out_scale) + bias`, level by level, in
     float64, rounded once to the dtype of the base. Each site's result is compared with the updates beside the frozen
-    weight on random probes. Memory: a copy of every changed tensor is kept until `undo`, on its device, because
-    arithmetic could not give back the last bits; of fused experts, the adapted slices alone. With `keep=False` only the
-    updates are kept after `apply`, and `undo` subtracts and divides them again, to within the dtype's rounding: of
-    weights around 0.3, 3e-8 in float32 and 2e-3 in bfloat16.
+    weight on random probes. A packed weight is dequantised, folded and quantised again: that rounding is reported.
+    Memory: a copy of every changed tensor is kept until `undo`, on its device, because arithmetic could not give back
+    the last bits; of fused experts, the adapted slices alone. With `keep=False` only the updates are kept after
+    `apply`, and `undo` subtracts and divides them again, to within the dtype's rounding: of weights around 0.3, 3e-8 in
+    float32 and 2e-3 in bfloat16.
     """
 
     def __init__(self, backbone: Backbone, stack: tuple[Adapter, ...], *, keep: bool = True) -> None:
@@ -80,6 +92,7 @@ class Merge:
         self.keep = keep
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._folded: dict[str, list[LinearUpdate]] = {}
+        self._rounding: dict[str, Rounding] = {}
         self._away = False
 
     @torch.no_grad()
@@ -89,6 +102,7 @@ class Merge:
             raise MergeError("This stack is merged already; call undo() first.")
         plan = folding_plan(self.backbone, self.stack, undoable=not self.keep)
         found: dict[str, Difference] = {}
+        self._rounding = {}
         try:
             for name, updates in plan.items():
                 found[name] = self._fold(self.backbone.sites[name], updates)
@@ -100,15 +114,17 @@ class Merge:
         if not self.keep:
             self._kept = []
             for name, updates in plan.items():  # copied: the adapters may be trained on
-                device = work_device(self.backbone.weight(name).matrix())
+                device = work_device(self.backbone.weight(name))
                 self._folded[name] = [doubled(update, device, copy=True) for update in updates]
         worst = max(found, key=lambda name: found[name].relative)
+        weight = self.backbone.weight(worst)
         return MergeReport(
             sites=len(found),
             difference=max(d.largest for d in found.values()),
             relative=found[worst].relative,
             worst=worst,
-            dtype=dtype_name(self.backbone.weight(worst).matrix().dtype),
+            dtype=dtype_name(weight.dtype) if weight.packed is None else weight.packed.form.name,
+            rounding=self._rounding,
         )
 
     @torch.no_grad()
@@ -144,8 +160,8 @@ class Merge:
 
     def _fold(self, site: Site, updates: list[LinearUpdate]) -> Difference:
         """Write one site's folded weight and bias, and measure them. Raises MergeError."""
-        live, bias = self.backbone.weight(site.name).matrix(), self.backbone.bias(site.name)
-        device = work_device(live)
+        weight, bias = self.backbone.weight(site.name), self.backbone.bias(site.name)
+        device = work_device(weight)
         exact = [doubled(update, device) for update in updates]
         frozen = None if bias is None else bias.to(device=device, dtype=torch.float64)
         wanted_O = None if bias is None else fold_bias(frozen, exact)
@@ -155,6 +171,11 @@ class Merge:
             stored_O = self._write(site, bias, slice(None), wanted_O).to(wanted_O)
         x_NC, found = probe_inputs(site, device), Difference()
         touched = any(changes_weight(update) for update in updates)
+        if touched and weight.packed is not None:
+            found, rounding = fold_packed(site, weight.packed, exact, x_NC, wanted_O, stored_O, self._keep)
+            self._rounding[site.name] = rounding
+            return found
+        live = weight.matrix()
         if touched:
             self._keep(live)
         for rows in blocks(site.shape):

@@ -7,7 +7,8 @@ model, a fingerprint. Refuses to know adapters, methods and batches, and never c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,57 +16,19 @@ from torch import Tensor, nn
 
 from lorica.core.errors import MethodError, MissingError, did_you_mean
 from lorica.core.site import Site
+from lorica.models.frozen import FrozenWeight
+from lorica.models.original import Original
 from lorica.models.parts import LanguageModel, language_model
+from lorica.models.positions import position_scale
+from lorica.models.quantize.config import Quantization
+from lorica.models.quantize.linear import QuantizedLinear
+from lorica.models.quantize.state import STATE
 from lorica.models.sites import Place, list_places
 
 SAMPLES = 1024
 """Elements of a tensor that the fingerprint reads; smaller tensors are read whole."""
 RUN = 64
 """Neighbouring elements that it reads together."""
-
-
-class FrozenWeight:
-    """One site's frozen weight, as methods see it."""
-
-    def __init__(self, place: Place) -> None:
-        self._place = place
-        self._norm: Tensor | None = None
-
-    def matrix(self) -> Tensor:
-        """The normalised weight (see `Site.shape`): a view of the base's own memory, without gradient.
-
-        At the input site it is the embedding table, [dim, tokens]. Raises MethodError at attention sites.
-        """
-        site, owner = self._place.site, self._place.module
-        if site.kind == "attention":
-            raise MethodError(f"Attention site {site.name!r} has no weight of its own.")
-        weight: Tensor = getattr(owner, self._place.attribute).detach()
-        if site.expert is not None:
-            weight = weight[site.expert]
-        return weight.T if site.transposed or site.kind == "input" else weight
-
-    def row_square_norm(self) -> Tensor:
-        """`‖W₀[j]‖²` over all axes but the first, [out]; float32, or float64 for a float64 base. Kept until
-        invalidated.
-        """
-        weight = self.matrix()
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if self._norm is None or self._norm.device != weight.device or self._norm.dtype != dtype:
-            # by blocks, so that a large bf16 table is never held in float32
-            rows = max(1, 2**22 // max(1, weight[0].numel()))
-            self._norm = torch.cat(
-                [part.to(dtype).square().flatten(1).sum(1) for part in torch.split(_matrix(weight), rows)]
-            )
-        return self._norm
-
-    def forget(self) -> None:
-        """Drop the kept norm: the weight has changed."""
-        self._norm = None
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """At least two axes, so that one reduction serves norms too."""
-    return weight[:, None] if weight.ndim == 1 else weight
 
 
 class Backbone:
@@ -80,11 +43,23 @@ class Backbone:
         head: its output embedding; `logits_transform(head(trunk(ids)[0]))` are the logits. head_site: its site's name.
         is_causal_lm: whether it predicts the next token.
         kept: what others computed from the weights, by a name of theirs; emptied by `invalidate`.
+        quantization: how its linear weights are stored; None where they are there in full.
+        origin: fingerprint of the backbone that was quantised, or the empty string.
     """
 
-    def __init__(self, module: nn.Module, *, name: str = "custom", tokenizer: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        name: str = "custom",
+        tokenizer: Callable[[], Any] | None = None,
+        quantization: Quantization | None = None,
+        origin: str = "",
+    ) -> None:
         self.module = module
         self.name = name
+        self.quantization = quantization
+        self.origin = origin
         self.family = str(getattr(getattr(module, "config", None), "model_type", None) or "custom")
         self.places = list_places(module)
         freeze(module)
@@ -101,6 +76,7 @@ class Backbone:
         self._fingerprint: str | None = None
         self.kept: dict[str, Any] = {}
         self._stamp: tuple[Any, ...] | None = None
+        self._original: Original | None = None
 
     @property
     def tokenizer(self) -> Any | None:
@@ -111,13 +87,29 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its first floating-point parameter."""
-        return next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.float32)
+        """The dtype of its first floating-point parameter; packed weights are dequantised to the same."""
+        first = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+        return first or next((m.dtype for m in self.packed_modules()), torch.float32)
 
     @property
     def device(self) -> torch.device:
         """Where its first parameter is."""
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        first = next((p.device for p in self.module.parameters()), None)
+        return first or next((m.device for m in self.packed_modules()), torch.device("cpu"))
+
+    def packed_modules(self) -> Iterator[QuantizedLinear]:
+        """The modules whose weight is packed."""
+        return (module for module in self.module.modules() if isinstance(module, QuantizedLinear))
+
+    def parameter_count(self) -> int:
+        """Weights and biases, packed ones too, each once."""
+        packed = sum(m.out_features * m.in_features for m in self.packed_modules())
+        return packed + sum(p.numel() for p in self.module.parameters())
+
+    def weight_bytes(self) -> int:
+        """What they take in memory."""
+        packed = sum(m.packed.nbytes for m in self.packed_modules())
+        return packed + sum(p.numel() * p.element_size() for p in self.module.parameters())
 
     def module_of(self, site: str) -> nn.Module:
         """The module that acts at a site; for `input`, the token embedding. Raises MissingError."""
@@ -126,16 +118,33 @@ class Backbone:
     def weight(self, site: str) -> FrozenWeight:
         """The frozen weight of a site, as methods see it. Raises MissingError."""
         if site not in self._weights:
-            self._weights[site] = FrozenWeight(self._place(site))
+            self._weights[site] = FrozenWeight(self._place(site), self.original)
         return self._weights[site]
+
+    def packed_from(self, full: Backbone | Callable[[], Backbone]) -> Backbone:
+        """Say what its packed weights were made from: a backbone in full, or how to load it each time that it is asked
+        for. `load(…, quantize=…)` does so itself.
+        """
+        self._original = Original((lambda: full) if isinstance(full, Backbone) else full, self.origin)
+        return self
+
+    def original(self) -> Original:
+        """What its packed weights were made from. Raises MissingError where nobody has said so."""
+        if self._original is None:
+            raise MissingError(
+                f"The full weights that {self.name!r} was packed from are not at hand, so what packing took from them "
+                "is not known.",
+                hint="Load the full model with quantize=…, or name it by `backbone.packed_from(load(…))`.",
+            )
+        return self._original
+
+    def original_at_hand(self) -> AbstractContextManager[Any]:
+        """Inside, what its packed weights were made from is loaded at most once, and only if it is asked for."""
+        return nullcontext() if self._original is None else self._original.at_hand()
 
     def bias(self, site: str) -> Tensor | None:
         """The frozen bias of a site, [out], a view without gradient; None where it has none. Raises MissingError."""
-        place = self._place(site)
-        if place.bias is None:
-            return None
-        bias: Tensor = getattr(place.module, place.bias).detach()
-        return bias if place.site.expert is None else bias[place.site.expert]
+        return self.weight(site).bias()
 
     def parameter(self, site: str) -> tuple[nn.Module, str, int | None]:
         """Where a merge writes: the owner, the attribute of the weight, and the expert. Raises MissingError,
@@ -155,7 +164,8 @@ class Backbone:
 
     def refresh(self) -> None:
         """Forget what was computed from weights if one was written, moved or replaced since this was called last."""
-        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in self.module.parameters())
+        tensors = [*self.module.parameters(), *(m.packed.parts["codes"] for m in self.packed_modules())]
+        stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in tensors)
         if stamp != self._stamp and self._stamp is not None:
             self.invalidate()
         self._stamp = stamp
@@ -163,6 +173,18 @@ class Backbone:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has weights and modules of its own, so it starts without what was computed from these."""
         return {**self.__dict__, "kept": {}, "_stamp": None, "_weights": {}}
+
+    def drop(self, site: str) -> None:
+        """Forget a site whose module was replaced; its weight is freed with its last user."""
+        self._weights.pop(site, None)
+        self.places.pop(site, None)
+        self.kept.clear()
+
+    def requantized(self, module: nn.Module, quantization: Quantization, origin: str) -> Backbone:
+        """A backbone of the same name and tokenizer over another module."""
+        return Backbone(
+            module, name=self.name, tokenizer=self._make_tokenizer, quantization=quantization, origin=origin
+        )
 
     @property
     def transforms_logits(self) -> bool:
@@ -173,6 +195,11 @@ class Backbone:
         """What the model does to `head(hidden)`: Gemma's soft cap, Granite's and Cohere's scale; itself elsewhere."""
         return logits if self._transform is None else self._transform(logits)
 
+    @property
+    def position_scale(self) -> float:
+        """What its rotary positions are divided by (position interpolation); 1 for plain ones."""
+        return position_scale(self.module)
+
     def fingerprint(self) -> str:
         """Sixteen hex digits over family, tensor names, shapes and sampled values: the same in every process.
 
@@ -181,10 +208,14 @@ class Backbone:
         was touched.
         """
         if self._fingerprint is None:
-            tensors = {name: t for name, t in self.module.state_dict().items() if isinstance(t, Tensor)}
+            state = self.module.state_dict().items()
+            # the settings of packed weights name the dtype that they are dequantised to, which is no part of a base
+            tensors = {name: t for name, t in state if isinstance(t, Tensor) and f".{STATE}" not in f".{name}"}
             digest = hashlib.sha256(self.family.encode())
             digest.update("".join(f"{name}{tuple(tensor.shape)}" for name, tensor in tensors.items()).encode())
             digest.update(_samples(tensors.values()))
+            if self.position_scale != 1:  # the same weights under other positions are another network
+                digest.update(f"positions / {self.position_scale}".encode())
             self._fingerprint = digest.hexdigest()[:16]
         return self._fingerprint
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.core.errors import ConfigError, MissingError, did_you_mean
+from lorica.core.errors import ConfigError, MethodError, MissingError, did_you_mean
 from lorica.models.backbone import Backbone
 from lorica.models.builtin import FAMILIES
+from lorica.models.positions import check_scaled, scale_positions
 
 _DECODER: dict[str, Any] = {
     "vocab_size": 128,
@@ -123,13 +124,20 @@ def tiny_conv(classes: int = 7) -> nn.Sequential:
 _PLAIN: dict[str, Callable[..., nn.Module]] = {"mlp": TinyMLP, "conv": tiny_conv}
 
 
-def make_tiny(family: str, *, seed: int = 0, dtype: torch.dtype | None = None, **overrides: Any) -> Backbone:
+def make_tiny(
+    family: str, *, seed: int = 0, dtype: torch.dtype | None = None, position_scale: float = 1.0, **overrides: Any
+) -> Backbone:
     """See `lorica.models.tiny`."""
     if family not in FAMILIES and family not in RECIPES:
         raise MissingError(f"There is no tiny backbone {family!r}.{did_you_mean(family, FAMILIES)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # plain modules start their biases at random
-        module = _plain(family, overrides) if family in _PLAIN else _transformers(family, overrides)
+        if family in _PLAIN:
+            if position_scale != 1:
+                raise MethodError(f"{family!r} has no rotary positions, so position_scale cannot stretch them.")
+            module = _plain(family, overrides)
+        else:
+            module = _transformers(family, overrides, position_scale)
     _fill(module, torch.Generator().manual_seed(seed))
     for parameter in module.parameters():
         # not module.to(): that would round the rotary frequencies too, which from_pretrained keeps in float32
@@ -144,7 +152,7 @@ def _plain(family: str, overrides: dict[str, Any]) -> nn.Module:
         raise ConfigError(f"Tiny backbone {family!r} cannot be made: {error}.") from None
 
 
-def _transformers(family: str, overrides: dict[str, Any]) -> nn.Module:
+def _transformers(family: str, overrides: dict[str, Any], position_scale: float) -> nn.Module:
     import transformers
 
     config_name, model_name, fields = RECIPES[family]
@@ -153,7 +161,12 @@ def _transformers(family: str, overrides: dict[str, Any]) -> nn.Module:
     for key in overrides:
         if key not in known:
             raise ConfigError(f"{config_name} has no field {key!r}.{did_you_mean(key, known)}")
-    model: nn.Module = getattr(transformers, model_name)(config_class(**{**fields, **overrides}))
+    config = config_class(**{**fields, **overrides})
+    if position_scale != 1:
+        scale_positions(config, position_scale, f"tiny-{family}")
+    model: nn.Module = getattr(transformers, model_name)(config)
+    if position_scale != 1:
+        check_scaled(model, position_scale, f"tiny-{family}")
     return model
 
 

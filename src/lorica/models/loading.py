@@ -8,9 +8,10 @@ Refuses to run code from a checkpoint and to fill missing weights with random on
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.resources
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from torch import nn
 from lorica.core.errors import ConfigError, FormatError, LoricaError, MissingError, did_you_mean
 from lorica.models.backbone import Backbone
 from lorica.models.builtin import BUILTIN
-from lorica.models.directory import check_directory, has_tokenizer
+from lorica.models.directory import check_directory, has_tokenizer, read_config, weight_files
+from lorica.models.positions import check_scale, check_scaled, scale_positions
+from lorica.models.quantize.apply import quantize_backbone
+from lorica.models.quantize.config import Quantization
+from lorica.models.quantize.directory import check_asked, dense_state, read_state, restore_packed, stored_as
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -36,20 +41,46 @@ CHECKED = 2**28
 
 
 def load_backbone(
-    name: str, *, dtype: str | torch.dtype = "auto", device: str = "cpu", revision: str | None = None
+    name: str,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    position_scale: float = 1.0,
+    quantize: Quantization | str | Mapping[str, Any] | None = None,
 ) -> Backbone:
     """See `lorica.models.load`."""
-    wanted, place = parse_dtype(dtype), parse_device(device)
+    wanted, place, packed = parse_dtype(dtype), parse_device(device), Quantization.of(quantize)
+    check_scale(position_scale)
     if name.startswith("tiny-") and name in BUILTIN:
         from lorica.models.factory import make_tiny
 
         _no_revision(name, revision)
-        backbone = make_tiny(name.removeprefix("tiny-"), dtype=wanted)
-        backbone.module.to(place)
-        return backbone
+        make = functools.partial(make_tiny, name.removeprefix("tiny-"), dtype=wanted, position_scale=position_scale)
+        backbone = make()
+        if packed is not None:
+            backbone = quantize_backbone(backbone, packed, device=place).packed_from(make)
+        return _moved(backbone, place)
     path = locate(name, revision)
-    module = read_module(path, wanted).to(place)
-    return Backbone(module, name=name, tokenizer=(lambda: read_tokenizer(path)) if has_tokenizer(path) else None)
+    stored = stored_as(read_config(path), path)
+    if stored is not None:
+        check_asked(stored, packed, name)
+    state = None if stored is None else read_state(weight_files(path))
+    module = read_module(path, wanted, position_scale, None if stored is None or state is None else (state, stored))
+    backbone = Backbone(module, name=name, tokenizer=(lambda: read_tokenizer(path)) if has_tokenizer(path) else None)
+    if stored is not None and state is not None:
+        backbone = restore_packed(backbone, state, stored, place)
+    elif packed is not None:  # weight by weight, so that the device never holds them all in full
+        full = functools.partial(
+            load_backbone, name, dtype=dtype, revision=revision, position_scale=position_scale, quantize=None
+        )
+        backbone = quantize_backbone(backbone, packed, device=place).packed_from(full)
+    return _moved(backbone, place)
+
+
+def _moved(backbone: Backbone, place: torch.device) -> Backbone:
+    backbone.module.to(place)
+    return backbone
 
 
 def locate(name: str, revision: str | None = None) -> Path:
@@ -76,15 +107,31 @@ def locate(name: str, revision: str | None = None) -> Path:
     return fetch(name, revision)
 
 
-def read_module(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
-    """The network of a model directory, on the CPU. None as dtype keeps bfloat16 and turns all else into float32."""
+def read_module(
+    path: Path,
+    dtype: torch.dtype | None = None,
+    position_scale: float = 1.0,
+    packed: tuple[dict[str, torch.Tensor], Quantization] | None = None,
+) -> nn.Module:
+    """The network of a model directory, on the CPU. None as dtype keeps bfloat16 and turns all else into float32.
+
+    `packed` are the tensors of a directory whose weights are packed, and how: they are dequantised.
+    """
     config = check_directory(path)
     with quiet(), torch.random.fork_rng(devices=[]):
         parsed, cls = model_class(path, config)
+        if position_scale != 1:
+            scale_positions(parsed, position_scale, path.name)
+        source: dict[str, Any] = {"pretrained_model_name_or_path": path, "dtype": dtype or "auto"}
+        if packed is not None:
+            full = dtype or DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+            del parsed.quantization_config
+            with torch.device("meta"):
+                skeleton = getattr(cls, "from_config", cls)(parsed)
+            dense = dense_state(*packed, full, skeleton)
+            source = {"pretrained_model_name_or_path": None, "dtype": full, "state_dict": dense}
         try:
-            module, info = cls.from_pretrained(
-                path, config=parsed, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
-            )
+            module, info = cls.from_pretrained(config=parsed, local_files_only=True, output_loading_info=True, **source)
         except Exception as error:
             raise _format(path, error) from error
     missing = sorted(info["missing_keys"])
@@ -96,6 +143,8 @@ def read_module(path: Path, dtype: torch.dtype | None = None) -> nn.Module:
     if dtype is None and next(module.parameters()).dtype != torch.bfloat16:
         module = module.float()
     check_finite(module, path)
+    if position_scale != 1:
+        check_scaled(module, position_scale, path.name)
     result: nn.Module = module
     return result
 

@@ -16,6 +16,7 @@ from lorica.core.storage import replacing_folder, storage
 from lorica.models.backbone import Backbone
 from lorica.models.directory import CONFIG
 from lorica.models.loading import quiet
+from lorica.models.quantize.directory import described
 
 KNOWN = frozenset(
     {CONFIG, "generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "tokenizer.json"}
@@ -26,7 +27,7 @@ KNOWN = frozenset(
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> Path:
-    """Write the network as it is now, in its dtype, and return the directory.
+    """Write the network as it is now, in its dtype and with packed weights packed, and return the directory.
 
     It is written beside `path` and renamed, so a full disk or a kill leaves what was there before. An earlier model
     directory is replaced. Raises MethodError for a network that is no transformers model, StorageError for a disk that
@@ -47,7 +48,7 @@ def save_backbone(backbone: Backbone, path: str | Path) -> Path:
     # safetensors reports a full disk in an error of its own
     with storage(target, SafetensorError), replacing_folder(target) as folder:
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), described(backbone):
                 module.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)

@@ -2,8 +2,8 @@
 
 In: any `torch.nn.Module`. Out: for each site its record and where its weight lives (owner, attribute, expert,
 transposed). A module is listed only when replacing its forward or its weight does what it says: subclasses that
-redefine `forward`, weights that are computed (parametrised, quantised) and the insides of `nn.MultiheadAttention` are
-left out. Refuses to know adapters, files and families by name.
+redefine `forward`, weights that are computed (parametrised, or quantised by others) and the insides of
+`nn.MultiheadAttention` are left out. Refuses to know adapters, files and families by name.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from lorica.core.errors import FormatError
 from lorica.core.site import Site
 from lorica.models.fused import fused_parts
+from lorica.models.quantize.linear import QuantizedLinear
 
 INPUT = "input"
 HEAD_NAMES = frozenset({"classifier", "score", "qa_outputs", "seq_relationship", "lm_head"})
@@ -69,7 +70,9 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Place]:
     weight = module._parameters.get("weight")
     has_bias = module._parameters.get("bias") is not None
     bias = "bias" if has_bias else None
-    if weight is not None and weight.is_floating_point():
+    if isinstance(module, QuantizedLinear):
+        yield Place(Site(name, "linear", module.shape, has_bias, layer, module.transposed), module, bias=bias)
+    elif weight is not None and weight.is_floating_point():
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             yield Place(Site(name, "linear", tuple(weight.shape), has_bias, layer), module, bias=bias)
         elif is_conv1d(module):
@@ -227,7 +230,8 @@ def _mark_tied(places: dict[str, Place]) -> dict[str, Place]:
     """Set `tied` on every site whose weight tensor another site has too."""
     owners: dict[int, list[str]] = {}
     for name, place in places.items():
-        if place.site.kind not in ("input", "attention") and place.site.expert is None:
+        whole = place.site.kind not in ("input", "attention") and place.site.expert is None
+        if whole and not isinstance(place.module, QuantizedLinear):  # a packed weight is nobody else's
             owners.setdefault(_storage(getattr(place.module, place.attribute)), []).append(name)
     shared = {name for group in owners.values() if len(group) > 1 for name in group}
     return {name: replace(p, site=replace(p.site, tied=True)) if name in shared else p for name, p in places.items()}
