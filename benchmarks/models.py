@@ -7,12 +7,17 @@ Refuses to know what is timed.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorica.methods import all_methods
+
 RANK = 16
+PLANNED = 1000
+"""Steps of a run, for methods whose schedule asks."""
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -57,23 +62,45 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """What is trained, by a name: the method and its settings. VeRA's usual rank is 256."""
 
 
-class PeftTrainer:
-    """PEFT as its documentation shows it: its defaults, the model's own loss, torch's fused AdamW."""
+def variant_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The method and the settings of one of `VARIANTS`; `default:NAME` is a registered method with its defaults, told
+    how many steps are planned where it asks.
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    method = name.removeprefix("default:")
+    return method, {"steps": PLANNED} if "steps" in all_methods()[method].model_fields else {}
 
-    def __init__(self, base: nn.Module, variant: str = "lora") -> None:
+
+class PeftTrainer:
+    """PEFT as its documentation shows it: its defaults, the model's own loss, torch's fused AdamW.
+
+    `variant` names one of `VARIANTS`; with `folder`, it is the adapter that was saved there.
+    """
+
+    def __init__(self, base: nn.Module, variant: str = "lora", folder: Path | None = None) -> None:
+        import peft
+
+        if folder is None:
+            self.model: Any = peft.get_peft_model(another(base), self._config(variant))
+        elif (config := peft.PeftConfig.from_pretrained(folder)).is_prompt_learning:  # PEFT loads these only to serve
+            config.inference_mode = False
+            self.model = peft.get_peft_model(another(base), config)
+        else:
+            self.model = peft.PeftModel.from_pretrained(another(base), folder, is_trainable=True)
+        self.model.train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+
+    @staticmethod
+    def _config(variant: str) -> Any:
         import peft
 
         method, settings = VARIANTS[variant]
         rank = settings["rank"]
         if method == "vera":
-            config: Any = peft.VeraConfig(r=rank, target_modules=LINEARS)
-        else:
-            config = peft.LoraConfig(
-                r=rank, lora_alpha=settings["alpha"], target_modules=LINEARS, use_dora=method == "dora"
-            )
-        self.model: Any = peft.get_peft_model(another(base), config).train()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+            return peft.VeraConfig(r=rank, target_modules=LINEARS)
+        return peft.LoraConfig(r=rank, lora_alpha=settings["alpha"], target_modules=LINEARS, use_dora=method == "dora")
 
     def loss(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         labels_BT = ids_BT if mask_BT is None else ids_BT.masked_fill(mask_BT == 0, -100)

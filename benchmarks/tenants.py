@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import VARIANTS, PeftTrainer, another, device, qwen3
+from benchmarks.models import PeftTrainer, another, device, qwen3, variant_of
 from benchmarks.timing import command, least
 from benchmarks.train import examples_of
 from lorica.client.local import Service, TrainingClient
@@ -36,7 +36,7 @@ class Tenants:
                 make_method(method, **settings), name=f"t{i}", seed=i, optimizer=AdamWConfig(lr=1e-4)
             )
             for i in range(count)
-            for method, settings in [VARIANTS[methods[i % len(methods)]]]
+            for method, settings in [variant_of(methods[i % len(methods)])]
         ]
 
     def joint(self) -> None:

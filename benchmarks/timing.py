@@ -17,22 +17,9 @@ from typing import Any
 
 import torch
 
+from lorica.recipes.compare_costs import seconds
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """What one call costs: CPU time of this process on one thread of a CPU, else wall time with the device idle at
-    both ends.
-    """
-    on_cuda = torch.cuda.is_available()
-    clock = time.perf_counter if on_cuda or torch.get_num_threads() > 1 else time.process_time
-    if on_cuda:
-        torch.cuda.synchronize()
-    start = clock()
-    run()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def least(runs: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, float]:
@@ -74,7 +61,8 @@ def command(
 ) -> None:
     """A benchmark's command line: a flag for each of `flags`, which gives its default, then run and print.
 
-    `dtype` is given by name and handed on as torch's. --json prints one document, the environment included.
+    `dtype` is given by name and handed on as torch's. --json prints one document, the environment included; in a table
+    a value that is a mapping is one row.
     """
     parser = argparse.ArgumentParser(description=doc)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
@@ -92,4 +80,5 @@ def command(
         return
     print(f"\n{title} ({said})")
     for name, value in (environment() | dict(report)).items():
-        print(f"  {name:52s} {value}", flush=True)
+        row = "  ".join(f"{key} {own}" for key, own in value.items()) if isinstance(value, Mapping) else value
+        print(f"  {name:52s} {row}", flush=True)

@@ -7,43 +7,19 @@ first activations, which no PEFT method can do without: the engine's own floor, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import VARIANTS, PeftTrainer, another, device, qwen3
+from benchmarks.models import PeftTrainer, another, device, qwen3, variant_of
 from benchmarks.timing import command, least, products_share
 from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
 from lorica.methods import make_method
 from lorica.models.backbone import wrap
+from lorica.recipes.compare_costs import Saved
 from lorica.training.optimizer import AdamWConfig
-
-
-class Saved:
-    """Bytes that autograd keeps for the backward pass: storages, each once, frozen and trained parameters left out."""
-
-    def __init__(self, own: list[Tensor]) -> None:
-        self._own = {t.untyped_storage().data_ptr() for t in own}
-        self._seen: dict[int, int] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        backward = torch._C._current_graph_task_id() != -1  # what is made again there is not kept until then
-        if storage.data_ptr() not in self._own and not backward:
-            self._seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> Saved:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hooks.__exit__(kind, error, at)
-        self.bytes = sum(self._seen.values())
 
 
 def examples_of(ids_BT: Tensor) -> list[Example]:
@@ -52,10 +28,10 @@ def examples_of(ids_BT: Tensor) -> list[Example]:
 
 
 class OurTrainer:
-    """One client of one method over the whole batch."""
+    """One client of one variant over the whole batch."""
 
     def __init__(self, base: nn.Module, variant: str) -> None:
-        method, settings = VARIANTS[variant]
+        method, settings = variant_of(variant)
         self.service = Service(wrap(another(base)), token_budget=1 << 20)
         self.client: TrainingClient = self.service.training_client(
             make_method(method, **settings), optimizer=AdamWConfig(lr=1e-4)
@@ -124,6 +100,14 @@ def measure(dtype: torch.dtype, rows: int, tokens: int, rounds: int, names: list
     return report
 
 
+def kept_by(base: nn.Module, client: TrainingClient, examples: list[Example]) -> Saved:
+    """What one of our passes keeps for its backward pass."""
+    frozen = [t for held in client.adapter.frozen.values() for t in held.values()]
+    with Saved([*base.parameters(), client.adapter.flat, *frozen]) as saved:
+        client.forward_backward(examples)
+    return saved
+
+
 def saved_bytes(
     name: str, base: nn.Module, ours: OurTrainer, theirs: PeftTrainer, ids_BT: Tensor, examples: list[Example]
 ) -> dict[str, Any]:
@@ -131,10 +115,7 @@ def saved_bytes(
     own = [*base.parameters(), *theirs.model.parameters(), *theirs.model.buffers()]
     with Saved(own) as their_saved:
         theirs.loss(ids_BT)
-    adapter = ours.client.adapter
-    frozen = [t for held in adapter.frozen.values() for t in held.values()]
-    with Saved([*base.parameters(), adapter.flat, *frozen]) as our_saved:
-        ours.client.forward_backward(examples)
+    our_saved = kept_by(base, ours.client, examples)
     return {
         f"{name}: saved activations, MB": round(our_saved.bytes / 1e6, 1),
         f"peft {name}: saved activations, MB": round(their_saved.bytes / 1e6, 1),

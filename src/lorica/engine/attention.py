@@ -1,4 +1,4 @@
-"""Attention sites: keys and values that a row's adapters put before its own (prefix tuning).
+"""Attention sites: keys and values that a row's adapters put before its own (prefix tuning), and shifted groups.
 
 In: queries, keys and values as transformers hands them to an attention function, [rows, heads, tokens, head dim].
 Out: the attention output. Rows without a prefix run through the model's own attention function, untouched.
@@ -23,7 +23,8 @@ from lorica.core.site import Site
 from lorica.core.update import PrefixKV
 from lorica.engine.executor import Executor
 from lorica.engine.kv_cache import KVCache
-from lorica.engine.packed import packed_attention
+from lorica.engine.packed import Prefix, packed_attention
+from lorica.engine.shifted import shifted_attention, shifted_rows
 from lorica.models.attention import (
     AttentionSwitch,
     attention_configs,
@@ -32,6 +33,8 @@ from lorica.models.attention import (
     set_attention,
 )
 from lorica.models.positions import window_of
+from lorica.models.shifted_attention import Shifted
+from lorica.models.sites import calls_interface
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 OURS = "lorica-"
@@ -53,7 +56,8 @@ class AttentionHub:
     """The attention function of one backbone.
 
     Attributes: `sites` holds the attention modules whose adapters may have prefixes; `cache` keeps the keys and values
-    of the present generation, None outside one.
+    of the present generation, None outside one; `shifted` are the groups of training passes, None where these are
+    dense.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -64,6 +68,24 @@ class AttentionHub:
         self._switch: AttentionSwitch | None = None
         self.inner: Attend | None = None
         self.cache: KVCache | None = None
+        self.shifted: Shifted | None = None
+
+    def check_shifted(self) -> None:
+        """Raises MethodError where some attention of the backbone could not be shifted, which would go unnoticed."""
+        own, name = set(self._modules), self.executor.backbone.name
+        if not own:
+            raise MethodError(f"{name!r} has no attention that goes through transformers' interface, so none to shift.")
+        for path, module in self.executor.backbone.module.named_modules():
+            if module not in own:
+                if calls_interface(type(module)):
+                    raise MethodError(
+                        f"Attention {path!r} of {name!r} is no causal self-attention with heads of one width."
+                    )
+            elif not getattr(module, "is_causal", True):
+                raise MethodError(f"Attention {path!r} of {name!r} is not causal, and shifted groups are.")
+        for site in self.executor.backbone.sites.values():
+            if site.kind == "attention" and site.query_heads < 2:
+                raise MethodError(f"Attention {site.name!r} has one head, and shifted groups need two.")
 
     def install(self) -> None:
         """Make this backbone's attention modules, and no others, call this object."""
@@ -117,20 +139,37 @@ class AttentionHub:
     ) -> tuple[Tensor, Tensor | None]:
         assert self.inner is not None
         route = self.executor.live_route()
-        if route is None:
+        shifted = self.shifted if module.training and self.cache is None else None
+        if route is None and shifted is None:
             return self.inner(module, query, key, value, attention_mask, **kwargs)
-        site, lengths = self.sites.get(module), route.lengths
-        if lengths is not None or self.cache is not None:
+        site, lengths = self.sites.get(module), None if route is None else route.lengths
+        if lengths is not None or self.cache is not None or shifted is not None:
             kwargs.setdefault("sliding_window", window_of(module))  # some say it in their mask alone
         if lengths is not None:
-            found = self._prefixes(site, len(lengths))
-            pairs = [_joined(found[row]) if row in found else None for row in range(len(lengths))]
+            pairs = self._pairs(site, len(lengths))
             if self.cache is not None:
                 self.cache.fill(module, key, value, lengths, pairs)
+            if shifted is not None:
+                kwargs |= {"lengths": lengths, "prefixes": pairs}
+                return shifted_attention(module, query, key, value, shifted, **kwargs), None
             return packed_attention(module, query, key, value, lengths=lengths, prefixes=pairs, **kwargs), None
         if self.cache is not None:
             return self.cache.attend(module, query, key, value, **kwargs), None
-        prefixes = self._prefixes(site, query.shape[0])
+        if shifted is not None:
+            kwargs["prefixes"] = self._pairs(site, query.shape[0])
+            return shifted_rows(module, query, key, value, attention_mask, shifted, **kwargs), None
+        return self._rows(module, query, key, value, attention_mask, **kwargs)
+
+    def _pairs(self, site: Site | None, rows: int) -> list[Prefix]:
+        found = self._prefixes(site, rows)
+        return [_joined(found[row]) if row in found else None for row in range(rows)]
+
+    def _rows(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Rows of one length in the model's own kernel, but for those with prefixes."""
+        assert self.inner is not None
+        prefixes = self._prefixes(self.sites.get(module), query.shape[0])
         if not prefixes:
             return self.inner(module, query, key, value, attention_mask, **kwargs)
         plain = [row for row in range(query.shape[0]) if row not in prefixes]

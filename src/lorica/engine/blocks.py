@@ -2,7 +2,8 @@
 
 In: terms `scale · post ⊙ ((x Aᵀ ⊙ mid) Bᵀ)` for segments of rows and columns of the output. Out: what they add to y,
 and their gradients. All A's of a segment are read in one product, and an A that several maps share is read once.
-T segments, n rows of each, I in, O out, R ranks. Refuses to know adapters, frozen maps and other parts of an update.
+T segments, n rows of each, I in, O out, R ranks; of a single segment, T is left out. Refuses to know adapters, frozen
+maps, other parts of an update, and which segments are joined.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.engine.equation import Dropout
 
 KEEP = 8
-"""`x Aᵀ` is kept for backward while a factor's share of it is at most the input's width divided by this."""
+"""Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most x's width divided by this."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Term:
     """Where one pair of factors writes, and which tensors it has, as indices; -1 is absent."""
 
@@ -35,45 +37,18 @@ class Term:
         """A product of A and B, which adapters of one form can batch."""
         return self.mid < 0 and self.post < 0
 
-    def folded(self, tensors: Sequence[Tensor]) -> Tensor:
-        """`scale · post ⊙ B` [O, R], in B's own dtype."""
-        B_OR = tensors[self.B] if self.scale == 1.0 else tensors[self.B] * self.scale
-        return B_OR if self.post < 0 else B_OR * tensors[self.post][:, None]
 
-
-Segment = tuple[slice, tuple[Term, ...], Dropout | None]
+Needs = Callable[[int], bool]
+"""Whether there is a tensor of this index, and its gradient is wanted."""
 Add = Callable[[int, Tensor], None]
 """Takes a share of the gradient of the tensor with an index."""
-
-
-def blocks_of(segments: Sequence[Segment], rows: int, tensors: Sequence[Tensor]) -> list[Block]:
-    """The segments' terms in as few products as they allow: all segments at once, or one by one."""
-    together: dict[tuple[int, int], list[Term]] = {}
-    apart: list[Block] = []
-    for span, terms, dropout in segments:
-        if terms and dropout is not None:  # a mask belongs to one map
-            apart.append(Block(span, [list(terms)], tensors, dropout))
-        elif terms:
-            together.setdefault((span.start, span.stop), []).extend(terms)
-    if _batchable(together, rows):
-        return [Block(slice(0, rows), [together[span] for span in sorted(together)], tensors), *apart]
-    return [Block(slice(*span), [terms], tensors) for span, terms in together.items()] + apart
-
-
-def _batchable(together: dict[tuple[int, int], list[Term]], rows: int) -> bool:
-    """Whether two or more segments of one height tile all rows, with plain terms at the same columns."""
-    spans = sorted(together)
-    height = rows // len(spans) if spans else 0
-    tiled = spans == [(i * height, (i + 1) * height) for i in range(len(spans))] and height * len(spans) == rows
-    forms = {tuple((t.columns.start, t.columns.stop) for t in terms) for terms in together.values()}
-    return len(spans) > 1 and tiled and len(forms) == 1 and all(t.plain for ts in together.values() for t in ts)
 
 
 class Block:
     """Rows of T equal segments; `terms[t]` are those of segment t, as many and at the same columns in each.
 
     T is one unless all terms are plain; segments of different rank are filled up with zeros. `x Aᵀ` of all terms is one
-    tensor [T, n, ΣR], in which term i has the span `spans[i]`.
+    tensor [T, n, ΣR], in which term i has the span `spans[i]`, first rank and number of ranks.
     """
 
     def __init__(
@@ -83,122 +58,187 @@ class Block:
         self.count = len(terms)
         # in a single segment, terms that share an A share its place
         places = [t.A if self.count == 1 else i for i, t in enumerate(terms[0])]
-        ranks = [max(tensors[own[i].A].shape[0] for own in terms) for i in range(len(places))]
-        found: dict[int, slice] = {}
+        ranks = [max([tensors[own[i].A].shape[0] for own in terms]) for i in range(len(places))]
+        found: dict[int, tuple[int, int]] = {}
         self.width = 0
         for place, rank in zip(places, ranks, strict=True):
             if place not in found:
-                found[place] = slice(self.width, self.width + rank)
+                found[place] = (self.width, rank)
                 self.width += rank
         self.spans = [found[place] for place in places]
-        self.keeps = all(rank * KEEP <= tensors[t.A].shape[1] for rank, t in zip(ranks, terms[0], strict=True))
+        self.ranks = ranks if len(found) == len(places) else None  # where no two share a place
+        self.narrow = all(rank * KEEP <= tensors[t.A].shape[1] for rank, t in zip(ranks, terms[0], strict=True))
+        scales = {term.scale for own in terms for term in own}
+        self.scale = scales.pop() if len(scales) == 1 and all(t.mid < 0 for t in terms[0]) else None
+
+    # -- what backward reads ---------------------------------------------------------------------------------------
+
+    def reads_x(self, needs: Needs) -> bool:
+        """Whether backward cannot do without x, if it has `x Aᵀ`."""
+        return any(needs(term.A) for own in self.terms for term in own)
+
+    def reads_low(self, needs: Needs) -> bool:
+        """Whether backward reads `x Aᵀ`."""
+        return any(needs(t.B) or needs(t.mid) or needs(t.post) for own in self.terms for t in own)
+
+    # -- the products ----------------------------------------------------------------------------------------------
 
     def add(self, x_NI: Tensor, y_NO: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         """Add the terms to y in place. Returns `x Aᵀ`."""
-        h_TnR = _products(self._read(x_NI), self._stacked_a(tensors, x_NI.dtype).mT)
-        for i, term in enumerate(self.terms[0]):
-            m_TnR = self._middle(i, h_TnR, tensors)
-            y_TnO, B_TRO = self._split(y_NO[self.rows, term.columns]), self._stacked_b(i, tensors, x_NI.dtype).mT
+        h_TnR = self._read(x_NI) @ self._stacked_a(tensors, x_NI.dtype).mT
+        y = self._own(y_NO)
+        for i, m_TnR in enumerate(self._middles(h_TnR, tensors)):
+            y_TnO, B_TRO = columns_of(y, self.terms[0][i].columns), self._stacked_b(i, tensors, x_NI.dtype).mT
             if self.count == 1:
-                y_TnO[0].addmm_(m_TnR[0], B_TRO[0])
+                y_TnO.addmm_(m_TnR, B_TRO)
             else:
                 y_TnO.baddbmm_(m_TnR, B_TRO)
         return h_TnR
 
     def back(
         self,
-        x_NI: Tensor,
+        x_NI: Tensor | None,
         dy_NO: Tensor,
         tensors: Sequence[Tensor],
         h_TnR: Tensor | None,
-        needs: Callable[[int], bool],
+        needs: Needs,
         add: Add,
     ) -> Tensor:
-        """Hand the gradients of all factors to `add`. Returns dA's other half: `dh` [T, n, ΣR], for `into_x`."""
-        x_TnI = self._read(x_NI)
-        h_TnR = _products(x_TnI, self._stacked_a(tensors, x_NI.dtype).mT) if h_TnR is None else h_TnR
-        dh_TnR = torch.zeros_like(h_TnR)
+        """Hand the gradients of all factors to `add`. Returns dA's other half: `dh` [T, n, ΣR], for `into_x`. x and
+        `x Aᵀ` may be absent where nothing reads them.
+        """
+        x_TnI = None if x_NI is None else self._read(x_NI)
+        if h_TnR is None and self.reads_low(needs):
+            assert x_TnI is not None
+            h_TnR = x_TnI @ self._stacked_a(tensors, dy_NO.dtype).mT
+        dy = self._own(dy_NO)
+        middles = None if h_TnR is None else self._middles(h_TnR, tensors)
+        parts: dict[int, Tensor] = {}
         for i, term in enumerate(self.terms[0]):
-            dy_TnO = self._split(dy_NO[self.rows, term.columns])
-            dm_TnR = _products(dy_TnO, self._stacked_b(i, tensors, x_NI.dtype))
-            if any(needs(own[i].B) or needs(own[i].post) for own in self.terms):
+            dy_TnO = columns_of(dy, term.columns)
+            if middles is not None and any(needs(own[i].B) or needs(own[i].post) for own in self.terms):
                 # the narrow side is transposed: kernels would copy the other
-                G_TOR = _products(self._middle(i, h_TnR, tensors).mT, dy_TnO).mT
-                self._b_grads(i, G_TOR, tensors, needs, add)
+                self._b_grads(i, (middles[i].mT @ dy_TnO).mT, tensors, needs, add)
+            dm_TnR = dy_TnO @ self._stacked_b(i, tensors, dy_NO.dtype)
             if needs(term.mid):
-                add(term.mid, (dm_TnR[0] * h_TnR[0, :, self.spans[i]]).sum(0))
-            dh_TnR[..., self.spans[i]] += dm_TnR if term.mid < 0 else dm_TnR * tensors[term.mid].to(dm_TnR.dtype)
-        owners = [owner for owner in self._owners(tensors) if needs(owner[1])]
-        if owners:
-            dA_TRI = _products(dh_TnR.mT, x_TnI)
-            for t, k, span in owners:
-                add(k, dA_TRI[t, span])
+                assert h_TnR is not None
+                add(term.mid, (dm_TnR * self._span(h_TnR, i)).sum(0).mul_(term.scale))
+            if self.scale is None:
+                dm_TnR = self._gained(i, dm_TnR, tensors)
+            first = self.spans[i][0]
+            parts[first] = dm_TnR if first not in parts else parts[first].add_(dm_TnR)
+        dh_TnR = next(iter(parts.values())) if len(parts) == 1 else torch.cat(list(parts.values()), -1)
+        if self.scale not in (None, 1.0):
+            dh_TnR.mul_(self.scale)
+        self._a_grads(dh_TnR, x_TnI, tensors, needs, add)
         return dh_TnR
 
-    def into_x(self, dh_TnR: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """The terms' share of dx [T·n, I]."""
-        dx_NI = _products(dh_TnR, self._stacked_a(tensors, dh_TnR.dtype)).flatten(0, 1)
-        return dx_NI if self.dropout is None else self.dropout(dx_NI)
+    def into_x(self, dh_TnR: Tensor, tensors: Sequence[Tensor], dx_NI: Tensor) -> None:
+        """Add the terms' share to dx in place."""
+        A_TRI, own = self._stacked_a(tensors, dh_TnR.dtype), rows_of(dx_NI, self.rows)
+        if self.count == 1 and self.dropout is None and dx_NI.dtype == dh_TnR.dtype:
+            own.addmm_(dh_TnR, A_TRI)
+            return
+        share_NI = (dh_TnR @ A_TRI).view(own.shape)
+        own.add_(share_NI if self.dropout is None else self.dropout(share_NI))
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _b_grads(
-        self, i: int, G_TOR: Tensor, tensors: Sequence[Tensor], needs: Callable[[int], bool], add: Add
-    ) -> None:
-        """With `G = dyᵀ (x Aᵀ ⊙ mid)`: dB = scale · post ⊙ G, and dpost = scale · Σ_r B ⊙ G."""
+    def _a_grads(self, dh_TnR: Tensor, x_TnI: Tensor | None, tensors: Sequence[Tensor], needs: Needs, add: Add) -> None:
+        owners = [(t, k, first) for t, k, first in self._owners() if needs(k)]
+        if not owners:
+            return
+        assert x_TnI is not None
+        dA_TRI = dh_TnR.mT @ x_TnI
+        for t, k, first in owners:
+            dA_RI = dA_TRI if self.count == 1 else dA_TRI[t]
+            add(k, _narrow(dA_RI, 0, first, tensors[k].shape[0]))
+
+    def _b_grads(self, i: int, G_TOR: Tensor, tensors: Sequence[Tensor], needs: Needs, add: Add) -> None:
+        """With `G = scale · dyᵀ (x Aᵀ ⊙ mid)`: dB = post ⊙ G, and dpost = Σ_r B ⊙ G."""
         for t, terms in enumerate(self.terms):
             term = terms[i]
             B_OR = tensors[term.B]
-            G_OR = G_TOR[t, :, : B_OR.shape[1]].to(B_OR.dtype) * term.scale
+            G_OR = _narrow(G_TOR if self.count == 1 else G_TOR[t], 1, 0, B_OR.shape[1])
             if needs(term.B):
-                add(term.B, G_OR if term.post < 0 else G_OR * tensors[term.post][:, None])
+                add(term.B, G_OR if term.post < 0 else G_OR * tensors[term.post].to(G_OR.dtype)[:, None])
             if needs(term.post):
-                add(term.post, (G_OR * B_OR).sum(1))
+                add(term.post, (G_OR * B_OR.to(G_OR.dtype)).sum(1))
+
+    def _own(self, all_: Tensor) -> Tensor:
+        """The block's rows, [T, n, ·]."""
+        own = rows_of(all_, self.rows)
+        return own if self.count == 1 else own.view(self.count, -1, own.shape[1])
 
     def _read(self, x_NI: Tensor) -> Tensor:
-        x_nI = x_NI[self.rows]
-        return self._split(x_nI if self.dropout is None else self.dropout(x_nI))
+        if self.dropout is None:
+            return self._own(x_NI)
+        return self.dropout(rows_of(x_NI, self.rows))  # of a single segment
 
-    def _split(self, rows: Tensor) -> Tensor:
-        """[T·n, ·] as a view [T, n, ·]."""
-        return rows.view(self.count, -1, rows.shape[1])
+    def _span(self, low_TnR: Tensor, i: int) -> Tensor:
+        return _narrow(low_TnR, -1, *self.spans[i])
 
-    def _middle(self, i: int, h_TnR: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        h, mid = h_TnR[..., self.spans[i]], self.terms[0][i].mid
-        return h if mid < 0 else h * tensors[mid].to(h.dtype)
+    def _middles(self, h_TnR: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """`scale · (x Aᵀ ⊙ mid)` of each term."""
+        if self.scale is not None:
+            m_TnR = h_TnR if self.scale == 1.0 else h_TnR * self.scale
+            if self.ranks is None:
+                return [self._span(m_TnR, i) for i in range(len(self.spans))]
+            return [m_TnR] if len(self.ranks) == 1 else list(m_TnR.split(self.ranks, -1))
+        return [self._gained(i, self._span(h_TnR, i), tensors) for i in range(len(self.spans))]
 
-    def _owners(self, tensors: Sequence[Tensor]) -> list[tuple[int, int, slice]]:
-        """Segment, tensor and place of every A, each once."""
+    def _gained(self, i: int, low_TnR: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """`scale · mid ⊙`, by which `x Aᵀ` goes forth and its gradient comes back."""
+        term = self.terms[0][i]
+        if term.mid >= 0:
+            return low_TnR * (tensors[term.mid] * term.scale).to(low_TnR.dtype)
+        scales = [own[i].scale for own in self.terms]
+        if len(set(scales)) == 1:
+            return low_TnR if scales[0] == 1.0 else low_TnR * scales[0]
+        return low_TnR * torch.tensor(scales, dtype=low_TnR.dtype, device=low_TnR.device)[:, None, None]
+
+    def _owners(self) -> list[tuple[int, int, int]]:
+        """Segment, tensor and first rank of every A, each once, in the order in which they are stacked."""
         found = {}
         for t, terms in enumerate(self.terms):
-            for term, span in zip(terms, self.spans, strict=True):
-                found[t, span.start] = (t, term.A, slice(span.start, span.start + tensors[term.A].shape[0]))
+            for term, (first, _) in zip(terms, self.spans, strict=True):
+                found[t, first] = (t, term.A, first)
         return list(found.values())
 
     def _stacked_a(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """All A's, one below the other, [T, ΣR, I]."""
-        owners = self._owners(tensors)
-        if self.count == 1:
-            parts = [tensors[k].to(dtype) for _, k, _ in owners]
-            return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
-        width = tensors[self.terms[0][0].A].shape[1]
-        A_TRI = torch.zeros(self.count, self.width, width, dtype=dtype, device=tensors[0].device)
-        for t, k, span in owners:
-            A_TRI[t, span] = tensors[k]
-        return A_TRI
+        """All A's, one below the other, [T, ΣR, I], missing ranks zero."""
+        ranks = dict(self.spans)
+        parts = []
+        for _, k, first in self._owners():
+            A_RI = tensors[k]
+            missing = ranks[first] - A_RI.shape[0]
+            parts.append(F.pad(A_RI, (0, 0, 0, missing)) if missing else A_RI)
+        if len(parts) == 1:
+            return parts[0].to(dtype)
+        A_RI = torch.cat(parts).to(dtype)
+        return A_RI if self.count == 1 else A_RI.view(self.count, self.width, -1)
 
     def _stacked_b(self, i: int, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """`scale · post ⊙ B` of term i, [T, O, R], rounded once."""
-        folded = [terms[i].folded(tensors) for terms in self.terms]
+        """`post ⊙ B` of term i, [T, O, R], missing ranks zero, rounded once."""
         if self.count == 1:
-            return folded[0].to(dtype)[None]
-        rank = self.spans[i].stop - self.spans[i].start
-        B_TOR = torch.zeros(self.count, folded[0].shape[0], rank, dtype=dtype, device=tensors[0].device)
-        for t, B_OR in enumerate(folded):
-            B_TOR[t, :, : B_OR.shape[1]] = B_OR
-        return B_TOR
+            term = self.terms[0][i]
+            B_OR = tensors[term.B]
+            return (B_OR if term.post < 0 else B_OR * tensors[term.post][:, None]).to(dtype)
+        rank = self.spans[i][1]
+        parts = [tensors[terms[i].B] for terms in self.terms]
+        return torch.stack([B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for B in parts]).to(dtype)
 
 
-def _products(left_Tij: Tensor, right_Tjk: Tensor) -> Tensor:
-    """Batched products; of one segment a plain one, whose kernels are the faster."""
-    return (left_Tij[0] @ right_Tjk[0])[None] if left_Tij.shape[0] == 1 else torch.bmm(left_Tij, right_Tjk)
+def _narrow(x: Tensor, axis: int, start: int, length: int) -> Tensor:
+    """A part of one axis; x itself where that is all of it, which costs nothing."""
+    return x if length == x.shape[axis] else x.narrow(axis, start, length)
+
+
+def rows_of(x: Tensor, rows: slice) -> Tensor:
+    """Rows of the first axis."""
+    return _narrow(x, 0, rows.start, rows.stop - rows.start)
+
+
+def columns_of(x: Tensor, columns: slice) -> Tensor:
+    """Columns of the last axis; `slice(None)` is all of them."""
+    return x if columns.start is None else x.narrow(-1, columns.start, columns.stop - columns.start)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,13 @@ from lorica.adapters.adapter import Adapter
 from lorica.core.update import LinearUpdate, Update
 from lorica.engine.executor import Executor
 from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
+from lorica.engine.fast import step_norms
 from lorica.engine.groups import Group, Shared, Stand, groups_of
 from lorica.engine.route import Stack
 
 IDLE = 8
 """Updates of so many adapters without rows are kept for the next ones."""
-Forwards = list[tuple[nn.Module, Stand]]
+Forwards = list[tuple[nn.Module, Any]]
 
 
 class Updates:
@@ -73,8 +75,8 @@ class Updates:
             updates = [executor.lowered(adapter, site) for adapter in stack if site in adapter.layout.sites]
             linear = [u for u in updates if isinstance(u, LinearUpdate)]
             found = fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING
-            if found is not None and found.B_RO is not None:  # it is copied into a stack again and again
-                found = replace(found, B_RO=found.B_RO.contiguous())
+            if found is not None and found.B_RO is not None and dtype.itemsize > 2:
+                found = replace(found, B_RO=found.B_RO.contiguous())  # it is copied into a stack again and again
             own[site, dtype] = found
         return own[site, dtype]
 
@@ -101,11 +103,15 @@ class _Step(Shared):
 
 
 def step_forwards(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Forwards:
-    """Stand-ins for linear modules that expect one token of each of these rows; neighbours of one stack share."""
+    """Stand-ins for linear modules that expect one token of each of these rows; neighbours of one stack share. Norms
+    have some too.
+    """
     backbone = executor.backbone
     if executor.compute not in (None, backbone.dtype) or torch.is_autocast_enabled(backbone.device.type):
         return []
-    forwards: Forwards = []
+    if backbone.dtype == torch.float16:  # its adapters compute in float32
+        return []
+    forwards: Forwards = step_norms(executor, {adapter: None for stack in stacks for adapter in stack})
     for group in groups_of(executor):
         if not group.free:
             continue
@@ -127,7 +133,7 @@ def _factors(
         else:
             distinct.append(stack)
             runs.append((row, row + 1))
-    weight = executor.backbone.weight(sites[0]).matrix()
+    weight = executor.backbone.weight(sites[0])
     few = len(distinct) <= FEW and weight.device.type == "cpu"
     dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
     slow: set[int] = set()
@@ -142,5 +148,5 @@ def _factors(
         maps.append(whole)
     if all(f is NOTHING for column in maps for f in column):
         return None, frozenset(slow)
-    sizes = [executor.backbone.weight(site).matrix().shape[0] for site in sites]
+    sizes = [executor.backbone.weight(site).shape[0] for site in sites]
     return GroupFactors(maps, sizes, runs, len(stacks)), frozenset(slow)

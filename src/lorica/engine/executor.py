@@ -132,6 +132,10 @@ class Executor:
 
     def lower(self, site: Site, segments: list[Segment], route: Route) -> list[Work]:
         """Lower each adapter present once, and give every segment its updates and dropout masks."""
+        with self.backbone.weight(site.name).held():  # a quantised weight is dequantised once for all adapters
+            return self._lower(site, segments, route)
+
+    def _lower(self, site: Site, segments: list[Segment], route: Route) -> list[Work]:
         lowered: dict[Adapter, Update] = {}
         work = []
         for segment in segments:

@@ -7,13 +7,14 @@ them. Refuses to know examples, losses and methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorica.adapters.adapter import Adapter
 from lorica.engine.executor import Executor, Work
 from lorica.engine.fused import FusedNorm, Gated, fused_parts
 from lorica.engine.groups import Group, Shared, Stand, groups_of, standing_in
@@ -87,7 +88,9 @@ def fast_modules(executor: Executor) -> Iterator[None]:
         return
     passes = {g.members[0].module: _Pass(executor, g) for g in groups_of(executor) if g.free}
     norms, blocks = _fused(executor)
-    forwards: list[tuple[nn.Module, Any]] = [(m, norm) for m, norm in norms.items() if _is_bare(executor, m)]
+    route = executor.live_route()
+    touched = () if route is None else route.adapters()
+    forwards: list[tuple[nn.Module, Any]] = [(m, norm) for m, norm in norms.items() if _is_bare(m, touched)]
     for shared in passes.values():
         forwards += [(m.module, Stand(shared, i)) for i, m in enumerate(shared.group.members)]
     for block in blocks:
@@ -109,14 +112,22 @@ def _fused(executor: Executor) -> tuple[dict[nn.Module, FusedNorm], list[Gated]]
     return found
 
 
-def _is_bare(executor: Executor, norm: nn.Module) -> bool:
-    """Whether a norm acts as its class does in this pass: no adapter of the batch, and nobody else, changes it."""
+def step_norms(executor: Executor, adapters: Iterable[Adapter]) -> list[tuple[nn.Module, Any]]:
+    """Stand-ins for norms that none of these adapters changes, for passes of few tokens without gradients."""
+    if torch.is_autocast_enabled(executor.backbone.device.type):
+        return []
+    touched = list(adapters)
+    found = [(module, norm.in_one_call) for module, norm in _fused(executor)[0].items() if _is_bare(module, touched)]
+    return [(module, forward) for module, forward in found if forward is not None]
+
+
+def _is_bare(norm: nn.Module, adapters: Sequence[Adapter]) -> bool:
+    """Whether a norm acts as its class does beside these adapters: none of them, and nobody else, changes it."""
     before = norm.__dict__.get("forward")
     if before is None:
         return True
-    route = executor.live_route()
     ours = isinstance(before, NormForward) and before.previous is None
-    return ours and (route is None or not route.touches(before.site.name))
+    return ours and not any(before.site.name in adapter.layout.sites for adapter in adapters)
 
 
 def frozen_maps(executor: Executor, module: nn.Module) -> FrozenMaps | None:

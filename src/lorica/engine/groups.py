@@ -19,6 +19,7 @@ from lorica.engine.executor import Executor
 from lorica.engine.prepack import FrozenMaps, worth_packing
 from lorica.engine.sites import SiteForward
 from lorica.models.backbone import Backbone
+from lorica.models.quantize.linear import QuantizedLinear
 
 KEPT = "groups"
 
@@ -29,7 +30,7 @@ class Member:
     def __init__(self, backbone: Backbone, site: str) -> None:
         self.site = site
         self.module = backbone.module_of(site)
-        self.weight_OI = backbone.weight(site).matrix()
+        self.weight = backbone.weight(site)
         self.bias_O = backbone.bias(site)
 
     @property
@@ -46,7 +47,9 @@ class Group:
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
-        self.maps = FrozenMaps([m.weight_OI for m in members], [m.bias_O for m in members])
+        weights = [m.weight.matrix() if m.weight.packed is None else m.weight for m in members]
+        self.maps = FrozenMaps(weights, [m.bias_O for m in members])
+        self.is_dense = all(m.weight.packed is None for m in members)
 
     def alone(self, index: int) -> Group:
         """One member as a group of its own, which does not pack: for the rare batch that cannot share."""
@@ -71,8 +74,9 @@ def groups_of(executor: Executor) -> list[Group]:
     kept = executor.backbone.kept
     if KEPT not in kept:
         groups = [Group(members) for members in _learn(executor)]
-        if groups and worth_packing([weight for group in groups for weight in group.maps.weights], copies=2):
-            for group in groups:
+        dense = [group for group in groups if group.is_dense]  # a layout of a quantised weight would be a dense copy
+        if dense and worth_packing([weight for group in dense for weight in group.maps.dense], copies=2):
+            for group in dense:
                 group.maps.packs = True
         kept[KEPT] = groups
     found: list[Group] = kept[KEPT]
@@ -84,7 +88,8 @@ def _sites(backbone: Backbone) -> list[str]:
     found = []
     for site in backbone.sites.values():
         module = backbone.module_of(site.name)
-        if site.kind == "linear" and is_free(module) and (type(module) is nn.Linear or site.transposed):
+        plain = type(module) in (nn.Linear, QuantizedLinear) or site.transposed
+        if site.kind == "linear" and is_free(module) and plain:
             found.append(site.name)
     return found
 
@@ -113,7 +118,7 @@ def _learn(executor: Executor) -> list[list[Member]]:
     def seen(member: Member, x: Tensor) -> None:
         if member.site in placed:
             last[0] = None
-        elif x is last[0] and groups[-1][0].weight_OI.dtype == member.weight_OI.dtype:
+        elif x is last[0] and groups[-1][0].weight.dtype == member.weight.dtype:
             groups[-1].append(member)
         else:
             groups.append([member])

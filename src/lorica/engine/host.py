@@ -24,6 +24,7 @@ from lorica.engine.hooks import Hooks
 from lorica.engine.route import Numbers, Route, Stack
 from lorica.methods.base import Method
 from lorica.models.backbone import Backbone, wrap
+from lorica.models.shifted_attention import Shifted
 
 if TYPE_CHECKING:
     from lorica.adapters.merge import Merge, MergeReport
@@ -91,7 +92,9 @@ class Host:
         """Make a new adapter with the method's initial values. It acts once it is activated or routed."""
         layout = self.layout(method, targets)
         adapter = Adapter(name, layout, seed=seed, base=self.backbone.fingerprint(), dtype=dtype)
-        return self.put(adapter.initialise(self.backbone.weight).to(device=self.backbone.device))
+        with self.backbone.original_at_hand():
+            adapter.initialise(self.backbone.weight)
+        return self.put(adapter.to(device=self.backbone.device))
 
     def layout(self, method: Method, targets: TargetSpec = None) -> Layout:
         """The layout of a method over targets; adapters of equal method and targets share it."""
@@ -244,6 +247,17 @@ class Host:
         """This backbone's attention function, which keeps packed sequences apart; installed on first use."""
         return self._hooks.attention_hub()
 
+    def set_attention(self, shifted: Shifted | None) -> Host:
+        """Let training passes of all adapters, and of the base, attend in shifted groups; None: dense, as always.
+
+        Evaluation and sampling stay dense. Raises MethodError for a model whose attention cannot be shifted.
+        """
+        if shifted is not None:
+            self.attention_hub().check_shifted()
+        if shifted is not None or self._hooks.attention is not None:
+            self.attention_hub().shifted = shifted
+        return self
+
     def adapts_head(self) -> bool:
         """Whether some adapter of the present rows acts on the output embedding."""
         route, head = self.executor.live_route(), self.backbone.head_site
@@ -258,7 +272,9 @@ class Host:
         return self.train(False)
 
     def set_compute(self, dtype: torch.dtype | None) -> Host:
-        """The dtype of the adapters' arithmetic: None is that of the activations, float32 is slower and more exact."""
+        """The dtype of the adapters' arithmetic: None is that of the activations, but float32 where they are float16,
+        whose range is small; float32 everywhere is slower and more exact.
+        """
         self.executor.compute = dtype
         return self
 
@@ -302,11 +318,14 @@ class Host:
         adapter = self._resident(name) if isinstance(name, Adapter) else self.adapter(name)
         return files.save_adapter(adapter, self.backbone, Path(path))
 
-    def load(self, path: str | Path, name: str = "default") -> Adapter:
-        """Read an adapter folder (ours or PEFT's) and make it resident. Raises FormatError, MismatchError."""
+    def load(self, path: str | Path, name: str = "default", *, from_quantized: bool = False) -> Adapter:
+        """Read an adapter folder (ours or PEFT's) and make it resident. Raises FormatError, MismatchError.
+
+        With `from_quantized`, one is taken too that was trained beside quantised weights of this backbone.
+        """
         from lorica.adapters import files
 
-        return self.put(files.load_adapter(Path(path), self.backbone, name))
+        return self.put(files.load_adapter(Path(path), self.backbone, name, from_quantized=from_quantized))
 
     def detach(self) -> Backbone:
         """Remove every hook; the module is as it was before `attach`."""

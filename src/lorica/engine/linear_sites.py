@@ -98,8 +98,8 @@ class LinearForward(SiteForward):
         return y_NO.view(*x.shape[:-1], -1)
 
     def base(self) -> Base:
-        weight_OI = self.executor.backbone.weight(self.site.name).matrix()
-        return Base(self.inner, lambda dy_NO: dy_NO @ weight_OI.to(dy_NO.dtype), self.bias())
+        weight = self.executor.backbone.weight(self.site.name)  # asked for its matrix where that is used
+        return Base(self.inner, lambda dy_NO: dy_NO @ weight.matrix().to(dy_NO.dtype), self.bias())
 
 
 class _Products(TorchFunctionMode):

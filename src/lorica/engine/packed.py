@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lorica.engine.buckets import plan
 from lorica.engine.short_attention import short_attention, worth_it
 
+TINY = 128
+"""Up to so many rows of scores, over all sequences and heads, one kernel that is slow costs less than many calls."""
+
 Prefix = tuple[Tensor, Tensor] | None
 """Keys and values [P, kv heads, head dim] that stand before one sequence's own."""
 
@@ -52,7 +55,7 @@ def packed_attention(
         q, k, v = (bucket.spread(x) for x in (q_NHK, k_NGK, v_NGK))
         own = [prefix for prefix in (prefixes[row] for row in bucket.rows) if prefix is not None]
         plain = not own and causal and softcap is None and s_aux is None and not dropout
-        if plain and worth_it(q, bucket.width):
+        if plain and worth_it(q, bucket.width) and q.shape[:3].numel() > TINY:
             y_STHK = short_attention(q, k, v, scale, sliding_window)
         else:
             mask = _mask(bucket.width, own, causal, sliding_window, q.device)
@@ -78,6 +81,11 @@ def _attention(
         k_SGTK = torch.cat([_stacked(prefixes, 0).to(k_SGTK.dtype), k_SGTK], dim=2)
         v_SGTK = torch.cat([_stacked(prefixes, 1).to(v_SGTK.dtype), v_SGTK], dim=2)
     repeats = q_SHTK.shape[1] // k_SGTK.shape[1]
+    if mask is True and q_SHTK.device.type == "cpu" and softcap is None and s_aux is None:
+        y_SHTK = F.scaled_dot_product_attention(
+            q_SHTK, k_SGTK, v_SGTK, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=repeats > 1
+        )
+        return y_SHTK.transpose(1, 2)
     k_SHTK, v_SHTK = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (k_SGTK, v_SGTK))
     if softcap is not None or s_aux is not None:
         return _unusual(q_SHTK, k_SHTK, v_SHTK, scale, mask, softcap, s_aux, dropout).transpose(1, 2)

@@ -1,8 +1,8 @@
 """Frozen maps of one input, side by side, with weights in the order that the CPU's matrix kernels read them.
 
-In: frozen weights [out, in] and biases. Out: products in both directions; packed weights are a copy for each, made on
-first use and only where that is known to be right: the kernels are private to torch, so a self-test guards them.
-Refuses to know sites and adapters.
+In: frozen weights [out, in] and biases. Out: products in both directions. Weights are laid out in a copy for each, made
+on first use and only where that is known to be right: the kernels are private to torch, so a self-test guards them. A
+quantised weight is there in full for the time of one product. Refuses to know sites and adapters.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,22 @@ from torch import Tensor
 
 SHARE = 4
 """Packed copies may take one part in this many of the machine's memory."""
+
+
+class Stored(Protocol):
+    """A weight [out, in] that is made whenever it is wanted."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def matrix(self) -> Tensor:
+        """The weight in full."""
 
 
 class PackedWeight:
@@ -39,38 +55,47 @@ class FrozenMaps:
     products lay the weights out for the CPU's kernels.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None] = (None,)) -> None:
-        self.weights = list(weights)
+    def __init__(self, weights: Sequence[Tensor | Stored], biases: Sequence[Tensor | None] = (None,)) -> None:
+        self._weights = list(weights)
         self.sizes = tuple(w.shape[0] for w in weights)
         self.bias_O: Tensor | None = None
         if any(b is not None for b in biases):
-            parts = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
-            self.bias_O = torch.cat(parts)
+            zeros = [torch.zeros(w.shape[0], dtype=w.dtype, device=w.device) for w in weights]
+            self.bias_O = torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
         self._biases = biases
         self.packs = False
         self._forward: PackedWeight | None = None
         self._back: PackedWeight | None = None
 
+    @property
+    def dense(self) -> list[Tensor]:
+        """The weights that are there in full all the time."""
+        return [w for w in self._weights if isinstance(w, Tensor)]
+
     def forward(self, x_NI: Tensor) -> Tensor:
         """The outputs of all maps side by side [N, ΣO]."""
         if self.packs:
             if self._forward is None:
-                self._forward = PackedWeight(torch.cat(self.weights), self.bias_O)
+                self._forward = PackedWeight(torch.cat(self.dense), self.bias_O)
             return self._forward(x_NI)
-        ys = [F.linear(x_NI, w, b) for w, b in zip(self.weights, self._biases, strict=True)]
+        ys = [F.linear(x_NI, _full(w), b) for w, b in zip(self._weights, self._biases, strict=True)]
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=1)
 
     def back(self, dy_NO: Tensor) -> Tensor:
         """The gradient of the input [N, I], from that of all outputs side by side."""
         if self.packs:
             if self._back is None:
-                self._back = PackedWeight(torch.cat(self.weights).T, None)
+                self._back = PackedWeight(torch.cat(self.dense).T, None)
             return self._back(dy_NO)
         parts = dy_NO.split(self.sizes, dim=1)
-        dx_NI: Tensor = parts[0] @ self.weights[0]
-        for dy, weight in zip(parts[1:], self.weights[1:], strict=True):
-            dx_NI.addmm_(dy, weight)
+        dx_NI: Tensor = parts[0] @ _full(self._weights[0])
+        for dy, weight in zip(parts[1:], self._weights[1:], strict=True):
+            dx_NI.addmm_(dy, _full(weight))
         return dx_NI
+
+
+def _full(weight: Tensor | Stored) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.matrix()
 
 
 def worth_packing(weights: Sequence[Tensor], *, copies: int = 1) -> bool:

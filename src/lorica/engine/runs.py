@@ -20,7 +20,7 @@ from lorica.adapters import files
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import GLOBAL, Layout
 from lorica.adapters.targets import Targets
-from lorica.core.errors import FormatError, MissingError, RouteError, did_you_mean
+from lorica.core.errors import FormatError, LoricaError, MissingError, RouteError, did_you_mean
 from lorica.core.storage import replacing_folder, storage
 from lorica.engine.commands import RunSpec
 from lorica.engine.host import Host
@@ -177,10 +177,20 @@ class Runs:
     # -- what is done to one -------------------------------------------------------------------------------------
 
     def step(self, name: str, settings: AdamStep) -> float:
-        """One step on what is accumulated, zero if nothing is. Returns the gradient's norm."""
+        """One step on what is accumulated, zero if nothing is. Returns the gradient's norm.
+
+        Where the method refuses, the gradient is as it was: a run that is rebuilt does not repeat what failed.
+        """
         run = self.get(name)
         run.changed()
-        norm = run.live()[1].step(settings)
+        adapter, optimizer = run.live()
+        before = run.remember() if adapter.method.has_step_hooks() else None
+        try:
+            norm = optimizer.step(settings)
+        except LoricaError:
+            if before is not None:
+                run.restore(before)
+            raise
         run.accumulated = False
         return norm
 
@@ -291,7 +301,9 @@ class Runs:
         backbone = self.host.backbone
         adapter = Adapter(_key(name), self.host.layout(method, targets), seed=spec.seed, base=backbone.fingerprint())
         adapter.meta[TARGETS] = targets.model_dump(mode="json")
-        return self._shared(adapter.initialise(backbone.weight).to(device=backbone.device))
+        with backbone.original_at_hand():
+            adapter.initialise(backbone.weight)
+        return self._shared(adapter.to(device=backbone.device))
 
     def _loaded(self, name: str, path: str) -> Adapter:
         return self._shared(files.load_adapter(self.root / path, self.host.backbone, _key(name)))

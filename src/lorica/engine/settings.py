@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lorica.core.config import Config
+from lorica.core.errors import ConfigError
+from lorica.models.shifted_attention import Shifted
 
 
 class EngineSettings(Config):
@@ -20,6 +23,7 @@ class EngineSettings(Config):
     model: str = Field(description="built-in name, directory or hub id of the backbone")
     dtype: str = Field("auto", description="dtype of the backbone's weights")
     device: str = Field("auto", description="where it computes; auto takes the GPU where there is one")
+    quantize: str | None = Field(None, description="packs the backbone's linear weights: `nf4`, `nf4,double=false` …")
     data: Path | None = Field(None, description="folder for runs that are not in memory; none is a temporary one")
     root: Path | None = Field(None, description="folder that relative artifact paths begin in; none is the present one")
     threads: int = Field(0, ge=0, description="threads that compute; 0 is torch's choice")
@@ -30,7 +34,25 @@ class EngineSettings(Config):
     slots: int = Field(32, ge=1, description="sequences that are sampled at once")
     kv_budget: int = Field(65536, ge=0, description="most positions whose keys and values are kept; 0 is no limit")
     prompt_budget: int = Field(2048, ge=1, description="most prompt tokens that one sampling turn reads")
+    position_scale: float = Field(1.0, description="what rotary positions are divided by, for all runs")
+    attention: Literal["dense", "shifted"] = Field(
+        "dense", description="what training passes of all runs attend in; evaluation and sampling are dense"
+    )
+    attention_group: int = Field(0, ge=0, description="tokens of a shifted group; 0 is a quarter of each sequence")
     deterministic: bool = Field(False, description="no two requests share a computation; results are bitwise equal")
+
+    def shifted(self) -> Shifted | None:
+        """The groups of training passes; None where these are dense."""
+        return Shifted(group=self.attention_group or None) if self.attention == "shifted" else None
+
+    @model_validator(mode="after")
+    def _group_of_what(self) -> Self:
+        if self.attention == "dense" and self.attention_group:
+            raise ConfigError(
+                f"attention_group is {self.attention_group}, but attention is dense; attention=shifted has groups."
+            )
+        self.shifted()
+        return self
 
     def arguments(self) -> list[str]:
         """As `parse` reads it. Fields that are None are None by default too."""

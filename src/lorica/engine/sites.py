@@ -138,9 +138,8 @@ class NormForward(SiteForward):
         y = self._with(x.to(dtype), weight, bias)
         if dtype == x.dtype:
             return y
-        # a half-precision norm rounds on its way in a manner of its own: add the difference to what it gives
-        frozen = self.executor.backbone.weight(self.site.name).matrix()
-        return cast(Tensor, self.inner(x)) + (y - self._with(x.to(dtype), frozen, self.bias())).to(x.dtype)
+        frozen = self._with(x.to(dtype), self.executor.backbone.weight(self.site.name).matrix(), self.bias())
+        return _rounded_once(cast(Tensor, self.inner(x)), frozen, y)
 
     def _with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The module on x with another weight and bias, in x's dtype."""
@@ -150,6 +149,18 @@ class NormForward(SiteForward):
             return cast(Tensor, functional_call(self.module, tensors, (x,)))
         finally:
             self.plain = False
+
+
+def _rounded_once(base: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
+    """`y` in the dtype of `base`, where `frozen` is what `base` was before the module rounded it in its own manner.
+
+    That manner is kept, and where y is `frozen` the result is `base`, bit for bit. The sum is rounded as a whole: a
+    difference of less than half a unit would be lost if it were added to `base`, however many of them there are.
+    """
+    wide = y + (base.to(y.dtype) - frozen.to(base.dtype).to(y.dtype))
+    with torch.no_grad():
+        exact = torch.where(y == frozen, base.to(y.dtype) - wide, torch.zeros_like(wide))
+    return (wide + exact).to(base.dtype)
 
 
 class ConvForward(SiteForward):

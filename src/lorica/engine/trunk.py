@@ -77,7 +77,7 @@ class Trunk:
             yield
         finally:
             for module, mode in modes:
-                module.training = mode
+                vars(module)["training"] = mode  # past `nn.Module.__setattr__`, which looks for parameters
 
     def virtual(self, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
         """How many soft-prompt tokens and prefix positions stand before each row."""

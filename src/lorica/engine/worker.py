@@ -119,7 +119,13 @@ def start(settings: EngineSettings) -> tuple[EngineCore, commands.Ready]:
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    backbone = load(settings.model, dtype=settings.dtype, device=settings.device)
+    backbone = load(
+        settings.model,
+        dtype=settings.dtype,
+        device=settings.device,
+        position_scale=settings.position_scale,
+        quantize=settings.quantize,
+    )
     core = EngineCore(backbone, settings)
     core.warm_up()
     return core, commands.Ready(0, settings.model, describe(backbone, settings.model))
@@ -135,7 +141,7 @@ def describe(backbone: Backbone, name: str) -> dict[str, Any]:
     eos = getattr(config, "eos_token_id", None) if eos is None else eos
     return {
         "family": backbone.family,
-        "parameters": sum(p.numel() for p in backbone.module.parameters()),
+        "parameters": backbone.parameter_count(),
         "layers": getattr(config, "num_hidden_layers", 0),
         "hidden": getattr(config, "hidden_size", 0),
         "vocabulary": backbone.weight("input").matrix().shape[1],
