@@ -37,7 +37,7 @@ from tests.contract.cases import (
     unchanged,
 )
 
-REFUSED = frozenset({"prompt", "prefix", "norm"})
+REFUSED = frozenset({"prompt", "prefix", "norm", "aqn"})
 SHOWN = [
     case
     for case in CASES + MORE

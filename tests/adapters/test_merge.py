@@ -31,6 +31,7 @@ from tests.contract.cases import (
     inputs,
     output,
     perturb,
+    places,
     run_dense,
     small,
     snapshot,
@@ -77,7 +78,7 @@ def test_the_report_names_the_dtype_and_a_difference_that_rounding_explains(dtyp
     assert 0 <= report.relative < limit
     assert str(report).startswith("Merged 14 sites in float64 and rounded to " + name)
     assert report.lines() == [str(report)] and str(report).count("\n") == 0
-    assert set(asdict(report)) == {"sites", "difference", "relative", "worst", "dtype"}
+    assert set(asdict(report)) == {"sites", "difference", "relative", "worst", "rounding", "dtype"}
 
 
 @every_kind
@@ -86,8 +87,7 @@ def test_float32_logits_are_the_adapted_ones_up_to_rounding(case: Case) -> None:
         return
     host = Host(backbone(case.family, torch.float32))
     method = case.make()
-    names = [s.name for s in host.backbone.sites.values() if s.kind in method.kinds and not s.tied and not s.head]
-    names = [n for n in names if method.name != "bias" or host.backbone.sites[n].bias]
+    names = [n for n in places(host.backbone, method, head=False) if not host.backbone.sites[n].tied]
     perturb(host.add("a", method, names), 0.03)
     host.activate("a")
     given = inputs(host)

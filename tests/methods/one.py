@@ -55,7 +55,8 @@ def effective(host: Host) -> Tensor:
     adapter: Adapter = host.adapter("a")
     weight = host.backbone.weight(SITE)
     update: Any = adapter.update(SITE, weight)
-    return update.effective(weight.matrix()).detach()
+    merged: Tensor = update.effective(weight.matrix())
+    return merged.detach()
 
 
 def same(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:

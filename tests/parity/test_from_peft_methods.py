@@ -1,4 +1,4 @@
-"""PEFT to ours: folders of the types beside LoRA: VeRA, IA³, norm tuning, prompt tuning and prefix tuning."""
+"""PEFT to ours: folders of the types beside LoRA: VeRA, IA³, GLoRA, MiSS, norm, prompt and prefix tuning."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
+from peft import GloraConfig, IA3Config, LNTuningConfig, MissConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
 from safetensors.torch import load_file, save_file
 
+from lorica.core.errors import FormatError, MethodError, MismatchError
+from lorica.methods.glora import GLoRA
 from lorica.methods.vera import VeRA
 from tests.parity.both import (
     CONV1D,
@@ -40,6 +42,14 @@ def ia3(targets: Any = None, inner: Any = None, **fields: Any) -> IA3Config:
     return IA3Config(**{"task_type": LM, "target_modules": targets, "feedforward_modules": inner, **fields})
 
 
+def miss(*targets: str, **fields: Any) -> MissConfig:
+    return MissConfig(**{"r": 8, "task_type": LM, "target_modules": list(targets), **fields})
+
+
+def glora(*targets: str, **fields: Any) -> GloraConfig:
+    return GloraConfig(**{"r": 3, "task_type": LM, "target_modules": list(targets), **fields})
+
+
 def norms(*targets: str, **fields: Any) -> LNTuningConfig:
     return LNTuningConfig(**{"task_type": LM, "target_modules": list(targets) or None, **fields})
 
@@ -66,6 +76,27 @@ WEIGHTS: dict[str, tuple[str, Any]] = {
     "IA3, BERT": ("bert", ia3(["key", "value", "output.dense"], ["output.dense"], task_type=None)),
     "IA3, Conv2d": ("conv", ia3(["5", "7"], ["7"], task_type=None)),
     "IA3, a grouped Conv2d": ("conv", ia3(["5", "7"], [], task_type=None)),
+    "MiSS": ("llama", miss("q_proj", "down_proj")),
+    "MiSS, blocks that do not fill the input": ("llama", miss("q_proj", "down_proj", r=5)),
+    "MiSS, random start": ("llama", miss("q_proj", init_weights=False, miss_dropout=0.2)),
+    "MiSS mini": ("llama", miss("k_proj", "down_proj", init_weights="mini", mini_r=4)),
+    "MiSS bat": ("llama", miss("q_proj", "down_proj", init_weights="bat", miss_dropout=0.2)),
+    "MiSS, BERT": ("bert", miss("query", "dense", task_type=None)),
+    "GLoRA, defaults where nothing has a bias": ("llama", glora("q_proj", "down_proj")),
+    "GLoRA, defaults": ("bert", glora("query", "dense", task_type=None)),
+    "GLoRA, a head without a bias beside layers with one": ("bert", glora("key", "decoder", task_type=None)),
+    "GLoRA, vectors": (
+        "bert",
+        glora("query", config_A_B="vector", config_C="vector", config_D_E="vector", task_type=None),
+    ),
+    "GLoRA, constants": (
+        "bert",
+        glora("dense", config_A_B="constant", config_C="none", config_D_E="constant", task_type=None),
+    ),
+    "GLoRA, biases alone": ("bert", glora("value", config_A_B="none", config_D_E="none", task_type=None)),
+    "GLoRA, weights alone": ("vit", glora("q_proj", config_C="none", config_D_E="none", task_type=None)),
+    "GLoRA, all-linear": ("llama", glora(target_modules="all-linear", config_A_B="vector", r=64)),
+    "GLoRA, random start": ("llama", glora("q_proj", init_weights=False)),
     "norms, defaults": ("llama", norms()),
     "norms, Qwen3": ("qwen3", norms("q_norm", "norm")),
     "norms, names": ("llama", norms("input_layernorm", "model.norm")),
@@ -93,6 +124,24 @@ def test_a_folder_of_peft_gives_the_same_logits(row: str, tmp_path: Path) -> Non
     from_peft(config, of_family(family), tmp_path)
 
 
+BOTH, THREE = ("lora", "vector", "constant", "none"), ("vector", "constant", "none")
+
+
+@pytest.mark.parametrize("both", BOTH)
+@pytest.mark.parametrize("C", ["lora", "vector", "none"])
+@pytest.mark.parametrize("bias", THREE)
+def test_every_choice_that_peft_has_of_glora_is_ours(both: str, C: str, bias: str, tmp_path: Path) -> None:
+    fields = {"config_A_B": both, "config_C": C, "config_D_E": bias, "task_type": None}
+    if {both, C, bias} == {"none"}:
+        peft_model(glora("query", **fields), of_family("bert")).save_pretrained(str(tmp_path))
+        with pytest.raises(MethodError, match="trains nothing"):
+            loaded(tmp_path, of_family("bert"))
+        return
+    adapter = from_peft(glora("query", **fields), of_family("bert"), tmp_path)
+    assert isinstance(adapter.method, GLoRA)
+    assert adapter.method.choice == ",".join((both, both, C, bias, bias))
+
+
 @pytest.mark.parametrize("key", [0, 7])
 def test_projections_that_peft_did_not_save_are_drawn_again_bit_for_bit(key: int, tmp_path: Path) -> None:
     config = vera("q_proj", "k_proj", "up_proj", save_projection=False, projection_prng_key=key)
@@ -102,6 +151,30 @@ def test_projections_that_peft_did_not_save_are_drawn_again_bit_for_bit(key: int
         theirs = getattr(kept.base_model, f"vera_{name}")["default"]
         assert torch.equal(adapter.values("")[name], theirs)
     assert isinstance(adapter.method, VeRA) and adapter.method.projection_key == key
+
+
+def test_a_glora_folder_that_was_spoiled_is_refused(tmp_path: Path) -> None:
+    make = of_family("llama")
+    peft_model(glora("q_proj", "v_proj", config_A_B="vector"), make).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    good = load_file(file)
+    q = "base_model.model.model.layers.0.self_attn.q_proj.glora_"
+    spoiled: list[tuple[dict[str, torch.Tensor], type[Exception], str]] = [
+        ({**good, f"{q}C.zeros": good[f"{q}C.zeros"] + 1}, FormatError, r"zero in 'model.*glora_C\.zeros'"),
+        (
+            {**good, f"{q}A.Xd": good[f"{q}A.X"].clone()},
+            FormatError,
+            r"glora_A\.Xd', which its settings and the backbone",
+        ),
+        ({**good, f"{q}A.X": good[f"{q}A.X"][:5]}, MismatchError, r"holds 'A' of site .* with shape \[5\]"),
+        ({k: v for k, v in good.items() if k != f"{q}B.X"}, FormatError, r"lacks the tensor 'model.*glora_B\.X'"),
+        ({k: v for k, v in good.items() if q not in k}, FormatError, "lacks the tensors of .*, which its settings"),
+        ({f"base_model.model.nowhere.{q[-6:]}A.X": good[f"{q}A.X"]}, MismatchError, "'nowhere', which is no linear"),
+    ]
+    for tensors, error, words in spoiled:
+        save_file(tensors, file)
+        with pytest.raises(error, match=words):
+            loaded(tmp_path, make)
 
 
 def test_projections_in_the_file_win_over_those_of_the_key(tmp_path: Path) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lorica.adapters.peft_prompts import TABLE
 from lorica.engine.host import Host
+from lorica.methods import make_method
 from lorica.models import Backbone
-from tests.contract.cases import Case, loss
+from lorica.training.optimizer import AdamWConfig, AdapterOptimizer
+from tests.contract.cases import Case, backbone, loss
 from tests.parity.both import (
     CONV1D,
     NO_BIAS,
@@ -29,20 +32,32 @@ from tests.parity.both import (
     loaded,
     lora,
     of_family,
+    ours,
     peft_model,
     run,
 )
-from tests.parity.cases import REGISTERED, fresh, held, made, our_tensors, slowly, their_tensors
+from tests.parity.cases import REGISTERED, fresh, held, made, our_tensors, sites, slowly, their_tensors
 
 pytestmark = [OLD_CHECKPOINTING, OLD_CACHE, CONV1D, TIED, ODD_NORM, NO_BIAS, UNMATCHED, REGENERATED]
 
 FAMILIES = ("llama", "qwen3-moe", "gemma", "gpt2", "bert", "vit", "conv")
-# PEFT has our PiSSA as a LoRA of twice the rank, and trains its frozen half too: it has tests of its own below
-CASES = [case for case in held(REGISTERED) if case.method != "pissa" and case.family in FAMILIES]
+
+
+def trains_the_same(case: Case) -> bool:
+    """Whether the method freezes nothing at a site. PEFT's LORA type trains every factor, so counter-terms (PiSSA) and
+    a fixed A (LoRA-FA) move there; they have tests of their own below.
+    """
+    base, method = backbone(case.family), case.make()
+    return all(spec.trainable for name in sites(case) for spec in method.params(base.sites[name]).values())
+
+
+CASES = [case for case in held(REGISTERED) if case.family in FAMILIES and trains_the_same(case)]
 STEPS = ("qwen3-moe", "gpt2", "conv")
 """Fewer families which together have every kind of site."""
 MORE = held(
     [
+        Case("llama", "miss", (("form", "mini"), ("mini_rank", 4))),
+        Case("llama", "miss", (("form", "bat"), ("rank", 4))),
         Case("llama", "lora", (("rslora", True),)),
         Case("gpt2", "lora", (("lora_bias", True),)),
         Case("qwen3-moe", "lora", (("rslora", True),)),
@@ -133,6 +148,33 @@ def test_pissa_trains_its_factors_as_pefts_does(tmp_path: Path) -> None:
             expected = gradients[f"base_model.model.{site}.lora_{param}.weight"]
             size = float(expected.abs().max())
             close(host.adapter().tensors(site)[param].grad / size, expected / size, 1e-4)
+
+
+@pytest.mark.parametrize("correct", [False, True], ids=["plain", "corrected"])
+def test_lora_fa_steps_along_bs_gradient_or_along_what_pefts_optimiser_makes_of_it(
+    correct: bool, tmp_path: Path
+) -> None:
+    """Adam's first moment after one step; PEFT's product with (AAᵀ)⁻¹ is in bfloat16."""
+    make = of_family("llama")
+    host = ours(make(), make_method("lora_fa", rank=3, alpha=6, correct=correct), "q_proj")
+    theirs = in_peft(make().module, host.save(tmp_path), is_trainable=True)
+    adapter = host.adapter("a")
+    A = {site: adapter.values(site)["A"].clone() for site in adapter.layout.sites}
+    assert backward(host, host.backbone) == pytest.approx(backward(theirs, host.backbone), rel=1e-6)
+    own = AdapterOptimizer(adapter, AdamWConfig(clip=None))
+    own.step()
+    optimizer = create_lorafa_optimizer(theirs, r=3, lora_alpha=6, lr=1e-2)
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    optimizer.step()
+    for site in adapter.layout.sites:
+        assert torch.equal(adapter.values(site)["A"], A[site])
+        place, module = adapter.layout.places[site]["B"], f"base_model.model.{site}.lora"
+        found = own.tensors()["exp_avg"][place.offset : place.offset + place.size].view(place.shape)
+        their_gradient = gradients[f"{module}_B.default.weight"]
+        assert their_gradient is not None
+        expected = optimizer.state[module]["exp_avg_B"] if correct else 0.1 * their_gradient
+        size = float(expected.abs().max())
+        close(found / size, expected / size, 1e-2 if correct else 1e-5)
 
 
 EXTRAS: dict[str, tuple[str, Any]] = {

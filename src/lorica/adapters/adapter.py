@@ -75,16 +75,17 @@ class Adapter:
         """Fill every tensor with the method's initial values. A site's values depend on (seed, site name) alone."""
         layout = self.layout
         if GLOBAL in layout.specs:
-            self._put(GLOBAL, layout.method.init_global(layout.own_sites(), self._rng(GLOBAL)))
+            self._put(GLOBAL, layout.method.init_global(layout.own_sites(), self.rng(GLOBAL)))
         for name, site in layout.sites.items():
             if name in layout.specs:
-                self._put(name, layout.methods[name].init(site, weight_of(name), self._rng(name)))
+                self._put(name, layout.methods[name].init(site, weight_of(name), self.rng(name)))
         for name, param in layout.changing:
             if param not in self.frozen.get(name, {}):
                 self.set(name, param, torch.zeros(layout.specs[name][param].shape))
         return self
 
-    def _rng(self, site: str) -> torch.Generator:
+    def rng(self, site: str) -> torch.Generator:
+        """The generator of a site's initial values."""
         # torch's CPU generator reads the low 32 bits of a seed alone
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{site}".encode()))
 

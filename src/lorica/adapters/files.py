@@ -58,14 +58,23 @@ def record_of(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
         "seed": adapter.seed,
         "forwards": adapter.forwards,
         "dtype": str(adapter.flat.dtype).removeprefix("torch."),
-        "base": {"fingerprint": adapter.base, "name": backbone.name, "family": backbone.family},
+        "base": {
+            "fingerprint": adapter.base,
+            "name": backbone.name,
+            "family": backbone.family,
+            "position_scale": backbone.position_scale,
+            "quantization": None if backbone.quantization is None else str(backbone.quantization),
+            "origin": backbone.origin,
+        },
         "not_peft": why_not(adapter, backbone),
         "meta": adapter.meta,
     }
 
 
-def load_adapter(path: Path, backbone: Backbone, name: str) -> Adapter:
+def load_adapter(path: Path, backbone: Backbone, name: str, *, from_quantized: bool = False) -> Adapter:
     """Read an adapter folder, Lorica's or PEFT's, for a backbone. Nothing is executed: pickles are refused.
+
+    With `from_quantized`, one is taken too that was trained beside quantised weights of this very backbone.
 
     Raises MissingError when there is no folder, FormatError when a file is missing, corrupt or not finite, or a
     setting would have to be ignored, MismatchError when it belongs to another base, MethodError for methods that
@@ -75,12 +84,14 @@ def load_adapter(path: Path, backbone: Backbone, name: str) -> Adapter:
     file = path / WEIGHTS
     if own is None:
         return from_peft(config, tensors, backbone, name, file, path / CONFIG).to(device=backbone.device)
-    adapter = described(own, backbone, name, path / OWN)
+    adapter = described(own, backbone, name, path / OWN, from_quantized=from_quantized)
     decode(adapter, config, tensors, backbone, file)
     return adapter.to(device=backbone.device)
 
 
-def described(own: Mapping[str, Any], backbone: Backbone, name: str, file: Path) -> Adapter:
+def described(
+    own: Mapping[str, Any], backbone: Backbone, name: str, file: Path, *, from_quantized: bool = False
+) -> Adapter:
     """The adapter that a record describes, without its values."""
     version = own.get("format")
     if version != VERSION:
@@ -90,8 +101,14 @@ def described(own: Mapping[str, Any], backbone: Backbone, name: str, file: Path)
         )
     try:
         base, sites = own["base"], own["sites"]
-        _check_base(base, backbone, file)
+        _check_base(base, backbone, file, from_quantized)
         method = make_method(own["method"], **own["config"])
+        if from_quantized and method.restores_rounding and base["fingerprint"] != backbone.fingerprint():
+            raise MismatchError(
+                f"The {method.name} adapter in {file.parent} holds what packing took from the base, so it cannot act "
+                "beside the full weights, which still have that.",
+                hint="Merge it into the packed base, or use it unmerged.",
+            )
         picked: dict[str, tuple[Site, Method]] = {}
         for site in backbone.sites.values():
             if site.name in sites:
@@ -115,8 +132,24 @@ def _resolve(method: Method, changes: dict[str, Any]) -> Method:
     return method.replace(**changes) if changes else method
 
 
-def _check_base(base: Mapping[str, Any], backbone: Backbone, file: Path) -> None:
+def _check_base(base: Mapping[str, Any], backbone: Backbone, file: Path, from_quantized: bool) -> None:
+    scale = base.get("position_scale", 1.0)  # folders of earlier versions know plain positions alone
+    if scale != backbone.position_scale:
+        raise MismatchError(
+            f"The adapter in {file.parent} was trained with positions divided by {scale:g}; this backbone divides them "
+            f"by {backbone.position_scale:g}.",
+            hint=f"Load the base with position_scale={scale:g} (`--position-scale {scale:g}`).",
+        )
     if base["fingerprint"] and base["fingerprint"] != backbone.fingerprint():
+        if base.get("origin") and base["origin"] == backbone.fingerprint():
+            if from_quantized:
+                return
+            raise MismatchError(
+                f"The adapter in {file.parent} was trained beside {base['quantization']} weights of {base['name']!r}; "
+                "this backbone has them in full.",
+                hint=f"Load the base with quantize={base['quantization']!r} (`--quantize {base['quantization']}`), or "
+                "merge into the full weights with `lorica merge --full`.",
+            )
         raise MismatchError(
             f"The adapter in {file.parent} was made for {base['name']!r} ({base['family']}, {base['fingerprint']}); "
             f"this backbone is {backbone.name!r} ({backbone.family}, {backbone.fingerprint()}).",

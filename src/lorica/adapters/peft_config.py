@@ -11,169 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from lorica.adapters.peft_keys import experts_module, is_named
+from lorica.adapters.peft_settings import ANY, PEFT_TYPES, PLAIN_INITS, READ, SHAPES, WHY
 from lorica.core.errors import FormatError, MethodError, did_you_mean
 from lorica.core.site import Site
 from lorica.methods import all_methods
 from lorica.methods.base import Method
 from lorica.models.backbone import Backbone
-
-PEFT_TYPES = frozenset(
-    (
-        "LORA",
-        "ADALORA",
-        "ADAMSS",
-        "ADAPTION_PROMPT",
-        "BEFT",
-        "BOFT",
-        "C3A",
-        "CARTRIDGE",
-        "CPT",
-        "DEFT",
-        "DELORA",
-        "FOURIERFT",
-        "FROD",
-        "GLORA",
-        "GRALORA",
-        "HIRA",
-        "HRA",
-        "IA3",
-        "LILY",
-        "LN_TUNING",
-        "LOHA",
-        "LOKR",
-        "MISS",
-        "OFT",
-        "SHIRA",
-        "PROMPT_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "OSF",
-        "P_TUNING",
-        "PEANUT",
-        "POLY",
-        "PREFIX_TUNING",
-        "PSOFT",
-        "PVERA",
-        "RANDLORA",
-        "ROAD",
-        "SHADOW",
-        "SUPERTUNING",
-        "TINYLORA",
-        "TRAINABLE_TOKENS",
-        "UNILORA",
-        "VBLORA",
-        "VERA",
-        "WAVEFT",
-        "XLORA",
-    )
-)
-"""Types of PEFT 0.21.2."""
-
-_ANY = frozenset(
-    (
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "peft_version",
-        "inference_mode",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "fan_in_fan_out",
-        "modules_to_save",
-        "runtime_config",
-        "megatron_core",
-        "ensure_weight_tying",
-        "init_weights",
-    )
-)
-"""Settings of every type that are read elsewhere or change nothing after training."""
-_READ: dict[str, frozenset[str]] = {
-    "LORA": frozenset(
-        (
-            "r",
-            "lora_alpha",
-            "lora_dropout",
-            "use_rslora",
-            "use_dora",
-            "lora_bias",
-            "bias",
-            "rank_pattern",
-            "alpha_pattern",
-            "target_parameters",
-            "init_lora_weights",
-            "qalora_group_size",
-            # how factors were initialised: `init_lora_weights` says whether that changed the base
-            "loftq_config",
-            "eva_config",
-            "corda_config",
-            "lora_ga_config",
-        )
-    ),
-    "VERA": frozenset(
-        (
-            "r",
-            "projection_prng_key",
-            "save_projection",
-            "vera_dropout",
-            "d_initial",
-            "bias",
-        )
-    ),
-    "IA3": frozenset(
-        (
-            "feedforward_modules",
-            "init_ia3_weights",
-        )
-    ),
-    "LN_TUNING": frozenset(),
-    "PROMPT_TUNING": frozenset(
-        (
-            "num_virtual_tokens",
-            "token_dim",
-            "num_layers",
-            "num_attention_heads",
-            "num_transformer_submodules",
-            "prompt_tuning_init",
-            "prompt_tuning_init_text",
-            "tokenizer_name_or_path",
-            "tokenizer_kwargs",
-        )
-    ),
-    "PREFIX_TUNING": frozenset(
-        (
-            "num_virtual_tokens",
-            "token_dim",
-            "num_layers",
-            "num_attention_heads",
-            "num_transformer_submodules",
-            "encoder_hidden_size",
-            "prefix_projection",
-        )
-    ),
-}
-_WHY: dict[str, str] = {
-    "alora_invocation_tokens": "the adapter acts only behind certain tokens (aLoRA)",
-    "use_qalora": "the input is pooled before A (QALoRA)",
-    "layer_replication": "layers of the base are repeated, and Lorica does not change the base",
-    "trainable_token_indices": "rows of the embedding are replaced",
-    "use_bdlora": "its factors are block-diagonal (BD-LoRA)",
-    "arrow_config": "a router mixes several adapters (Arrow)",
-    "kasa_config": "the base weights are truncated by an SVD (KaSA)",
-    "velora_config": "the input is compressed (VeLoRA)",
-    "monteclora_config": "the factors are sampled (MonteCLoRA)",
-}
-_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_SHAPES: dict[str, tuple[str, ...]] = {
-    "a name or a list of names": ("target_modules", "exclude_modules", "feedforward_modules", "layers_pattern"),
-    "a list of names": ("modules_to_save", "target_parameters"),
-    "a number or a list of numbers": ("layers_to_transform",),
-    "a number": ("r", "lora_alpha", "num_virtual_tokens"),
-    "an object of numbers": ("rank_pattern", "alpha_pattern"),
-}
-"""What a setting must be, where it is set."""
 
 
 def method_class(config: Mapping[str, Any], file: object) -> type[Method]:
@@ -188,7 +31,8 @@ def method_class(config: Mapping[str, Any], file: object) -> type[Method]:
                 f"{file} holds a {kind} adapter; of PEFT's types Lorica reads {', '.join(sorted(known))}."
             )
         raise FormatError(f"{file} names the peft_type {kind!r}, which does not exist.{did_you_mean(kind, PEFT_TYPES)}")
-    _check_shapes(config, file)
+    # AdaLoRA's patterns hold which triplets are left
+    _check_shapes({**config, "rank_pattern": None} if kind == "ADALORA" else config, file)
     _refuse_settings(config, kind, file)
     _check_patterns(config, file)
     if kind == "LORA":
@@ -206,7 +50,7 @@ def _lora_method(config: Mapping[str, Any], file: object) -> str:
                 f"{file} combines init_lora_weights 'pissa' with DoRA or a bias, which Lorica cannot read."
             )
         return "pissa"
-    if init not in _PLAIN_INITS:
+    if init not in PLAIN_INITS:
         raise FormatError(
             f"{file} says init_lora_weights {init!r}: its tensors fit a base whose weights were changed "
             "when it was made.",
@@ -219,15 +63,15 @@ def _lora_method(config: Mapping[str, Any], file: object) -> str:
 
 def _refuse_settings(config: Mapping[str, Any], kind: str, file: object) -> None:
     """Raises FormatError for the first setting that Lorica would have to ignore."""
-    known = _ANY | _READ.get(kind, frozenset())
+    known = ANY | READ.get(kind, frozenset())
     for field, value in config.items():
         if field in known or value in (None, False, "", "none") or value == {} or value == []:
             continue
         if kind != "LORA" and field in ("bias",):
             raise FormatError(f"{file} says bias {value!r}, which Lorica reads for LoRA only.")
-        if field in _WHY:
-            raise FormatError(f"{file} sets {field!r}: {_WHY[field]}, which Lorica does not compute.")
-        near = did_you_mean(field, known | _WHY.keys())
+        if field in WHY:
+            raise FormatError(f"{file} sets {field!r}: {WHY[field]}, which Lorica does not compute.")
+        near = did_you_mean(field, known | WHY.keys())
         raise FormatError(f"{file} sets {field!r}, which Lorica does not know and so cannot honour.{near}")
     submodules = config.get("num_transformer_submodules")
     if submodules not in (None, 1):
@@ -236,7 +80,7 @@ def _refuse_settings(config: Mapping[str, Any], kind: str, file: object) -> None
 
 def _check_shapes(config: Mapping[str, Any], file: object) -> None:
     """Raises FormatError for the first setting that is not made as PEFT makes it."""
-    for shape, fields in _SHAPES.items():
+    for shape, fields in SHAPES.items():
         of: type | tuple[type, ...] = str if "name" in shape else (int, float)
         for field in fields:
             value = config.get(field)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.adapters import peft_lora, peft_prompts, peft_vectors
+from lorica.adapters import peft_adalora, peft_glora, peft_lora, peft_prompts, peft_vectors
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
 from lorica.adapters.peft_config import method_class
@@ -22,14 +22,17 @@ from lorica.adapters.peft_extras import fill, take_changes, widen
 from lorica.adapters.peft_keys import Tensors, own_key
 from lorica.core.errors import FormatError
 from lorica.methods.base import Method
-from lorica.methods.pissa import PiSSA
+from lorica.methods.pissa import CounterTerm, PiSSA
 from lorica.models.backbone import Backbone
 
 CODECS: dict[str, ModuleType] = {
     "LORA": peft_lora,
+    "ADALORA": peft_adalora,
     "VERA": peft_vectors,
     "IA3": peft_vectors,
     "LN_TUNING": peft_vectors,
+    "MISS": peft_vectors,
+    "GLORA": peft_glora,
     "PROMPT_TUNING": peft_prompts,
     "PREFIX_TUNING": peft_prompts,
 }
@@ -48,7 +51,7 @@ def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
 
 
 def _codec(method: Method) -> ModuleType | None:
-    if isinstance(method, PiSSA):
+    if isinstance(method, CounterTerm):
         return peft_lora
     return CODECS.get(method.peft.peft_type) if method.peft is not None else None
 

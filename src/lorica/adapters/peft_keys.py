@@ -25,15 +25,20 @@ _SINGLE = {
     "lora_embedding_A",
     "lora_embedding_B",
     "lora_magnitude_vector",
+    "lora_E",
     "vera_lambda_b",
     "vera_lambda_d",
     "ia3_l",
+    "miss_block",
     "vera_A",
     "vera_B",
     "prompt_embeddings",
 }
 """Tensors that are parameters themselves; the others are modules with a weight and perhaps a bias."""
-_TOKENS = "|".join(sorted({"lora_A", "lora_B", "ln_tuning_layers", "modules_to_save", *_SINGLE}, key=len, reverse=True))
+_PATHS = {f"glora_{letter}" for letter in "ABCDE"}
+"""Modules that hold `X`, or `Xd` and `Xu`, or zeros that nothing trains."""
+_MODULES = {"lora_A", "lora_B", "ln_tuning_layers", "modules_to_save"}
+_TOKENS = "|".join(sorted(_MODULES | _SINGLE | _PATHS, key=len, reverse=True))
 _REPLACED = ".original_module."
 _KEY = re.compile(rf"(?:(?P<module>.*)\.)?(?P<token>{_TOKENS})(?P<rest>(?:\.[^.]+)*)")
 
@@ -69,7 +74,7 @@ class Tensors:
             module, _, leaf = key.rpartition(".")
             return f"{self.resolve(module)}.{leaf}"
         module, token, rest = found["module"] or "", found["token"], [p for p in found["rest"].split(".") if p]
-        leaf = rest.pop() if rest and rest[-1] in _LEAVES else ""
+        leaf = rest.pop() if rest and (rest[-1] in _LEAVES or token in _PATHS) else ""
         if rest:
             self.adapters.add(".".join(rest))
         if token == "modules_to_save":

@@ -1,8 +1,8 @@
-"""LoRA, DoRA and PiSSA as PEFT's LORA type, in both directions.
+"""LoRA, DoRA and LoRA with counter-terms as PEFT's LORA type, in both directions.
 
 In: an adapter, or a PEFT config with its tensors. Out: tensors and settings whose maths PEFT reproduces on the
-original base, or a layout and its values. PiSSA is written as the plain LoRA `[B, −B₀] [A; A₀]` of rank 2r, so PEFT
-needs no residual base. Refuses to know files, and how fused experts are stacked (`peft_experts`).
+original base, or a layout and its values. PiSSA and MiLoRA are the plain LoRA `[B, −B₀] [A; A₀]` of rank 2r there, so
+PEFT needs no residual base. Refuses to know files, and how fused experts are stacked (`peft_experts`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from lorica.adapters.peft_keys import PREFIX, Tensors, experts_module, parameter
 from lorica.core.errors import FormatError, MismatchError
 from lorica.core.site import Site
 from lorica.methods.base import Method
+from lorica.methods.loftq import LoftQ
 from lorica.methods.lora import LoRA
-from lorica.methods.pissa import PiSSA
+from lorica.methods.pissa import CounterTerm
 from lorica.models.backbone import Backbone
 
-LoRALike = LoRA | PiSSA
+LoRALike = LoRA | CounterTerm | LoftQ
 
 
 def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
@@ -107,7 +108,7 @@ def settings(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
 
 def _size(method: LoRALike, groups: int) -> tuple[int, float]:
     """PEFT's rank and alpha: doubled for a counter-term, and once for each group of a convolution."""
-    times = groups * (2 if isinstance(method, PiSSA) else 1)
+    times = groups * (2 if isinstance(method, CounterTerm) and method.split else 1)
     alpha = method.alpha * (math.sqrt(times) if method.rslora else times)
     return method.rank * times, int(alpha) if float(alpha).is_integer() else alpha
 

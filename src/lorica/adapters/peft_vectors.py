@@ -1,4 +1,4 @@
-"""VeRA, IA³ and norm tuning in PEFT's layout, in both directions.
+"""VeRA, IA³, norm tuning and MiSS in PEFT's layout, in both directions.
 
 In: an adapter, or a PEFT config with its tensors. Out: tensors and settings, or a layout and its values. PEFT stores
 a norm's new weight, so Lorica's difference to the old one travels beside it and comes back bit for bit. Refuses to
@@ -21,10 +21,11 @@ from lorica.core.errors import FormatError, MismatchError
 from lorica.core.site import Site
 from lorica.methods.base import Method
 from lorica.methods.ia3 import IA3
+from lorica.methods.miss import MiSS
 from lorica.methods.vera import VeRA
 from lorica.models.backbone import Backbone
 
-MARKS = {"VERA": "vera_lambda_d", "IA3": "ia3_l", "LN_TUNING": "ln_tuning_layers.weight"}
+MARKS = {"VERA": "vera_lambda_d", "IA3": "ia3_l", "LN_TUNING": "ln_tuning_layers.weight", "MISS": "miss_block"}
 """The tensor that every adapted site has."""
 
 
@@ -39,6 +40,11 @@ def why_not(adapter: Adapter, backbone: Backbone) -> str | None:
             return "PEFT adapts routers with LoRA only"
         if isinstance(adapter.method, IA3) and site.kind == "conv" and len(site.shape) == 3:
             return "PEFT has no IA³ for Conv1d"
+        if isinstance(adapter.method, MiSS):
+            if adapter.layout.methods[name] != adapter.method:
+                return "PEFT has one rank for all sites of a MiSS adapter"
+            if site.transposed:
+                return "PEFT has no MiSS for Conv1D"
     return None
 
 
@@ -55,6 +61,9 @@ def settings(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
     }
     if isinstance(method, VeRA):
         found |= {theirs: getattr(method, ours) for theirs, ours in method.peft.fields.items()} | {"bias": "none"}
+    if isinstance(method, MiSS):
+        found |= {theirs: getattr(method, ours) for theirs, ours in method.peft.fields.items()}
+        found |= {"init_weights": True if method.form == "full" else method.form, "mini_r": method.mini_rank or 1}
     if not isinstance(method, VeRA | IA3):
         return found
     found["fan_in_fan_out"] = any(site.transposed for site in sites.values())
@@ -80,6 +89,8 @@ def encode(adapter: Adapter, backbone: Backbone) -> dict[str, Tensor]:
             found |= {f"{where}vera_lambda_d": p["d"], f"{where}vera_lambda_b": p["b"]}
         elif isinstance(adapter.method, IA3):
             found[f"{where}ia3_l"] = p["l"].view(_scale_shape(site, adapter.layout.methods[name]))
+        elif isinstance(adapter.method, MiSS):
+            found[f"{where}miss_block"] = p["M"]
         else:
             found |= {own_key(name, param): value for param, value in p.items()}
             found[f"{where}ln_tuning_layers.weight"] = _sum(backbone.weight(name).matrix(), p["weight"])
@@ -113,6 +124,8 @@ def decode(adapter: Adapter, held: Tensors, backbone: Backbone, names: Collectio
             put(adapter, name, values, held.file)
         elif isinstance(adapter.method, IA3):
             put(adapter, name, {"l": held.take(f"{name}.ia3_l").flatten()}, held.file)
+        elif isinstance(adapter.method, MiSS):
+            put(adapter, name, {"M": held.take(f"{name}.miss_block")}, held.file)
         else:
             for param in adapter.layout.specs[name]:
                 stored = held.take(f"{name}.ln_tuning_layers.{param}")
@@ -129,7 +142,7 @@ def _decode_projections(adapter: Adapter, held: Tensors) -> None:
     if "vera_A" in held or "vera_B" in held:
         values = {"A": held.take("vera_A"), "B": held.take("vera_B")}
     else:
-        values = adapter.method.init_global(adapter.layout.own_sites(), adapter._rng(GLOBAL))
+        values = adapter.method.init_global(adapter.layout.own_sites(), adapter.rng(GLOBAL))
     put(adapter, GLOBAL, values, held.file)
 
 
@@ -162,4 +175,10 @@ def _method(method_class: type[Method], config: Mapping[str, Any], present: list
         return IA3(feedforward=tuple(name for name in present if is_named(held.as_written(name), inner)))
     fields = method_class.peft.fields
     values = {ours: config[theirs] for theirs, ours in fields.items() if config.get(theirs) is not None}
+    if method_class is MiSS:
+        # the form hides in the name of its initial values; everything but these two names is the full one
+        form = config.get("init_weights") if config.get("init_weights") in ("mini", "bat") else "full"
+        values |= {"form": form, "mini_rank": config.get("mini_r", 1) if form == "mini" else None}
+        if form == "bat":
+            values["dropout"] = 0.0  # PEFT computes none there
     return method_class(**values)

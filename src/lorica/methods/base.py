@@ -28,6 +28,14 @@ class BaseWeight(Protocol):
     def row_square_norm(self) -> Tensor:
         """`‖W₀[j]‖²` over all axes but the first, float32 [out], computed once and kept."""
 
+    def residual(self) -> Tensor | None:
+        """`W − Ŵ`, [out, in]: what packing took from the weight, float32 or wider; None where it is there in full.
+        Raises MissingError, MismatchError.
+        """
+
+    def bias(self) -> Tensor | None:
+        """The site's frozen bias b₀, [out], without gradient; None where it has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Paper:
@@ -110,6 +118,8 @@ class Method(Config, ABC):
     """Step 0 against the base: 'bitwise', 'rounding' (equal to 1e-12 relative in float64) or 'none'."""
     peft: ClassVar[PeftNames | None] = None
     """The PEFT type that holds the same maths, if there is one."""
+    restores_rounding: ClassVar[bool] = False
+    """True where the values stand in for what packing took from the base: beside the full weights they are wrong."""
     sites_are_coupled: ClassVar[bool] = False
     """True where `global_params` depends on which sites are adapted (VeRA, prefix projection)."""
 

@@ -1,6 +1,6 @@
 """LoRA, with rsLoRA scaling, Init[A] or Init[B], a bias of its own, and embedding and convolution sites.
 
-In: a site. Out: factors A, B. Refuses to know rows, dropout masks and optimisers.
+In: a site. Out: factors A, B, and a learning rate for each (LoRA+). Refuses to know rows, dropout masks and optimisers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,29 @@ def uniform(shape: tuple[int, ...], bound: float, rng: torch.Generator) -> Tenso
     return torch.empty(shape).uniform_(-bound, bound, generator=rng)
 
 
-class LoRA(Method):
+class LearningRates(Method):
+    """Base of methods whose tensors of group "A" read the input and of group "B" write the output: LoRA+.
+
+    `lr_A = η`, `lr_B = λη`, and embeddings' factors (group "embedding") `lr_embedding · η`. Weight decay is
+    decoupled, so it too follows a group's rate. A tensor of one axis is in neither group: a magnitude or a bias keeps
+    η. Paper: arXiv 2402.12354.
+    """
+
+    lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A; the paper advises 16")
+    lr_embedding: float = Field(
+        1.0, gt=0, description="learning rate of both factors of an embedding over that of the other sites' A"
+    )
+
+    def group_lr(self) -> dict[str, float]:
+        return {"B": self.lr_ratio, "embedding": self.lr_embedding}
+
+
+class LoRA(LearningRates):
     """Low-rank adaptation: `y = x W₀ᵀ + b + s · drop(x) Aᵀ Bᵀ (+ s·b_B)`, `s = α/r` (rsLoRA: `α/√r`).
 
     A is [r, in], B is [out, r]. On a convolution A has the base's kernel and B is 1×1; on an embedding A is [r, tokens]
     and starts at zero (a lookup has no fan-in). Parameters: r(in + out) a linear site. Raises MethodError when the rank
-    exceeds a site. Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), Init[A]/[B] (2406.08447).
+    exceeds a site. Papers: LoRA (arXiv 2106.09685), rsLoRA (2312.03732), Init[A]/[B] (2406.08447), LoRA+ (2402.12354).
     """
 
     name: ClassVar[str] = "lora"
@@ -79,14 +96,15 @@ class LoRA(Method):
 
     def params(self, site: Site) -> dict[str, ParamSpec]:
         check_rank(self.rank, site)
+        lookup = site.kind == "embedding"
         specs = {
-            "A": ParamSpec((self.rank, *site.shape[1:]), group="A"),
-            "B": ParamSpec((site.out_features, self.rank), group="B"),
+            "A": ParamSpec((self.rank, *site.shape[1:]), group="embedding" if lookup else "A"),
+            "B": ParamSpec((site.out_features, self.rank), group="embedding" if lookup else "B"),
         }
         if self.lora_bias and site.kind == "embedding":
             raise MethodError(f"An embedding has no bias, so `lora_bias` cannot apply at site {site.name!r}.")
         if self.lora_bias:
-            specs["bias"] = ParamSpec((site.out_features,), group="B")
+            specs["bias"] = ParamSpec((site.out_features,), decay=False, group="bias")
         return specs
 
     def init(self, site: Site, weight: BaseWeight, rng: torch.Generator) -> dict[str, Tensor]:

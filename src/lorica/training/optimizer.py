@@ -22,6 +22,7 @@ from lorica.adapters.layout import GLOBAL
 from lorica.core.config import Config
 from lorica.core.errors import ConfigError, FormatError, MethodError, did_you_mean
 from lorica.methods.base import SharedStep, SiteStep, Step
+from lorica.training.paged import check_paged, paged_zeros
 
 ScheduleName = Literal["constant", "linear", "cosine"]
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,6 +47,9 @@ class AdamWConfig(Config):
     schedule: ScheduleName = Field("cosine", description="shape of the learning rate after warm-up")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps in which the rate rises linearly from zero")
     floor: float = Field(0.0, ge=0, le=1, description="what the rate falls towards, as a share of the peak")
+    paged: bool = Field(
+        False, description="keep the moments in memory that CUDA may page out to the host (needs bitsandbytes)"
+    )
 
 
 def schedule(config: AdamWConfig, steps: int) -> Callable[[int], float]:
@@ -108,6 +112,8 @@ class AdapterOptimizer:
         self._own: dict[str, Tensor] = {}
         self._torch: torch.optim.Optimizer | None = None
         self._moments: tuple[Tensor, Tensor] | None = None
+        if self.config.paged:
+            check_paged(adapter.flat)
         own = {group.name for group in adapter.layout.groups}
         for name in self.config.group_lr:
             if name not in own:
@@ -189,7 +195,7 @@ class AdapterOptimizer:
         if self._plain:
             return torch.optim.SGD(groups, lr=0.0, foreach=False)
         adamw = torch.optim.AdamW(groups, lr=0.0, fused=True)
-        first, second = self._moments or (torch.zeros_like(self._flat), torch.zeros_like(self._flat))
+        first, second = self._moments or (self._zeros(), self._zeros())
         self._moments = first, second
         for own, group in zip(self.adapter.layout.groups, groups, strict=True):
             (values,) = group["params"]
@@ -197,6 +203,9 @@ class AdapterOptimizer:
             step = torch.tensor(float(self.done), device=self._flat.device)
             adamw.state[values] = {"step": step, "exp_avg": first[span], "exp_avg_sq": second[span]}
         return adamw
+
+    def _zeros(self) -> Tensor:
+        return paged_zeros(self._flat) if self.config.paged else torch.zeros_like(self._flat)
 
     def tensors(self) -> dict[str, Tensor]:
         """The two moments and what the method keeps: themselves, not copies; none before the first step. With `done`
@@ -227,7 +236,7 @@ class AdapterOptimizer:
                 raise FormatError(
                     f"Moment {name!r} has shape {tuple(value.shape)}; the adapter's {tuple(self._flat.shape)} is right."
                 )
-        kept = [moments[name].detach().to(self._flat, copy=True) for name in MOMENTS] if moments else None
+        kept = [self._zeros().copy_(moments[name].detach()) for name in MOMENTS] if moments else None
         self._moments = None if kept is None else (kept[0], kept[1])
         self._own = {name: value.detach().to(self._flat.device, copy=True) for name, value in own.items()}
         self._torch, self.done = None, done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorica.adapters.export.adalora import pruned
 from lorica.adapters.export.lora import ExportReport, as_lora, export_lora
 
-__all__ = ["ExportReport", "as_lora", "export_lora"]
+__all__ = ["ExportReport", "as_lora", "export_lora", "pruned"]

@@ -1,0 +1,105 @@
+"""LoRA-Pro: LoRA whose steps follow the full weight's gradient as closely as two factors can.
+
+In: LoRA's factors and their gradients. Out: the same lowering, and gradients replaced before a step so that the change
+of `sBA` is the projection of a full step. The full gradient is never needed. Refuses to know rows and learning rates.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from lorica.core.errors import ConfigError
+from lorica.core.tangent import Choice, Tangent, tangents
+from lorica.methods.base import Paper, SiteStep, Step
+from lorica.methods.lora import LoRA
+
+
+class LoRAPro(LoRA):
+    """LoRA with adjusted gradients: `h_A = (1/s²)(BᵀB)⁻¹g_A + XA`, `h_B = (1/s²)(I − P_B) g_B (AAᵀ)⁻¹ − BX`.
+
+    With them `g̃ = s·B h_A + s·h_B A = P_B G + (I − P_B) G P_A` is the projection of the weight's gradient G [out, in]
+    on what the factors can reach, whatever X [r, r], s and the split of BA. `optimizer: adamw` with `state: full` keeps
+    Adam's moments of g̃, [out, in] a site, and projects Adam's direction; with `state: factor` h_A and h_B go through
+    AdamW; `sgd` steps by h_A, h_B. Rates are those of full fine-tuning. While B = 0, `h_A = 0`. The optimiser's state
+    has `overshoot`, the largest `lr·s‖h_B h_A‖ / ‖g̃‖` of a site: the part of a step that the projection neglects.
+    Parameters: LoRA's. Raises MethodError when the rank exceeds a site. Paper: arXiv 2407.18242.
+    """
+
+    name: ClassVar[str] = "lora_pro"
+    summary: ClassVar[str] = "LoRA whose steps follow the full gradient as closely as two factors can"
+    paper: ClassVar[Paper] = Paper("LoRA-Pro: Are Low-Rank Adapters Properly Optimized?", "ICLR 2025", "2407.18242")
+
+    lora_bias: bool = Field(False, description="always false: the adjustment is for two factors")
+    lr_ratio: float = Field(1.0, gt=0, description="always 1: the two factors' steps belong together")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="what the projected gradient goes through")
+    state: Literal["full", "factor"] = Field(
+        "full", description="where Adam's moments live: in the weight's shape (2·out·in a site) or in the factors'"
+    )
+    x_choice: Choice = Field(
+        "sylvester", description="the free r×r matrix X: nearest to the plain gradients, evenly split, or none"
+    )
+    damping: float = Field(
+        1e-8, ge=0, lt=1, description="directions whose share of a factor's squared norm is below this are left alone"
+    )
+
+    @field_validator("lora_bias")
+    @classmethod
+    def _no_bias(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("LoRA-Pro trains no bias; use the method 'bias' beside it, or LoRA")
+        return value
+
+    @field_validator("lr_ratio")
+    @classmethod
+    def _one_rate(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError("LoRA-Pro steps both factors with one rate; LoRA+ is for LoRA")
+        return value
+
+    @model_validator(mode="after")
+    def _no_state(self) -> Self:
+        if self.optimizer == "sgd" and self.state == "factor":
+            raise ConfigError("LoRAPro.state is 'factor', but optimizer 'sgd' keeps no state; leave it out.")
+        return self
+
+    @property
+    def plain_steps(self) -> bool:
+        return self.optimizer == "sgd" or self.state == "full"
+
+    def before_step(self, step: Step) -> None:
+        full = self.optimizer == "adamw" and self.state == "full"
+        overshoots = []
+        for (name, own), at in zip(step.sites.items(), _tangents(list(step.sites.values())), strict=True):
+            gA_RI, gB_OR = own.grads["A"].flatten(1).to(at.A_RI), own.grads["B"].to(at.B_OR)
+            if full:
+                adam_OI = _adam(step, name, at.equivalent(*at.solve(gA_RI, gB_OR, "zero")))
+                gA_RI, gB_OR = at.s * at.B_OR.T @ adam_OI, at.s * adam_OI @ at.A_RI.T
+            hA_RI, hB_OR = at.solve(gA_RI, gB_OR, self.x_choice)
+            overshoots.append(step.lr * at.overshoot(gA_RI, gB_OR, hA_RI, hB_OR))
+            own.grads["A"].copy_(hA_RI.view_as(own.grads["A"]))
+            own.grads["B"].copy_(hB_OR)
+        step.state["overshoot"] = torch.stack(overshoots).max()
+
+
+def _tangents(sites: list[SiteStep]) -> list[Tangent]:
+    """The closed form at every site, with the scaling and damping that its own config says."""
+    methods = [own.method for own in sites if isinstance(own.method, LoRAPro)]
+    factors = [(own.values["A"], own.values["B"], m.scaling()) for own, m in zip(sites, methods, strict=True)]
+    return tangents(factors, methods[0].damping)
+
+
+def _adam(step: Step, site: str, g_OI: Tensor) -> Tensor:
+    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, with its moments in the step's state; the first has size 1."""
+    first_name, second_name = f"{site}/exp_avg", f"{site}/exp_avg_sq"
+    if first_name not in step.state:
+        step.state.update({first_name: torch.zeros_like(g_OI), second_name: torch.zeros_like(g_OI)})
+    first, second = step.state[first_name], step.state[second_name]
+    first.lerp_(g_OI, 1 - step.betas[0])
+    second.mul_(step.betas[1]).addcmul_(g_OI, g_OI, value=1 - step.betas[1])
+    one, two = (1 - beta ** (step.done + 1) for beta in step.betas)
+    root = (second / two).sqrt_().add_(step.eps)
+    return torch.div(first, root, out=root).div_(one)
