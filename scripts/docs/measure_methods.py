@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorica
+from lorica.core.errors import TargetError
 from lorica.data.example import Example
 from lorica.methods import all_methods
 from lorica.models.loading import locate
 from lorica.recipes import quickstart, sft
+from lorica.recipes.compare_config import default_rate
+from lorica.recipes.compare_costs import step, step_time_over
 from lorica.recipes.config import SFTConfig
 from lorica.recipes.summary import what_is_trained
 from scripts.docs.measured import fill_pages, read_results, write_results
 
-RATES = {"bias": 0.03}
-"""Learning rates of methods that ship no config of their own."""
 ENDS = 5
 """Steps at each end whose mean loss is reported."""
 
@@ -71,8 +70,7 @@ def configure(name: str, args: argparse.Namespace, folder: Path) -> tuple[SFTCon
         steps=args.steps, batch_size=args.batch_size, device="cpu", out=str(folder / name)
     )
     config = config.replace(data=config.data.replace(path=args.data))
-    if name in RATES:
-        config = config.replace(optimizer=config.optimizer.replace(lr=RATES[name]))
+    config = config.replace(optimizer=config.optimizer.replace(lr=default_rate(name)))
     if name != "bias":
         return config, ""
     model = with_biases(folder / "nano-with-biases")
@@ -82,26 +80,6 @@ def configure(name: str, args: argparse.Namespace, folder: Path) -> tuple[SFTCon
 
 def batches(plan: sft.Plan, count: int) -> list[list[Example]]:
     return [[plan.prepared.examples[i] for i in next(plan.sampler)] for _ in range(count)]
-
-
-def step(plan: sft.Plan, batch: Sequence[Example]) -> float:
-    """One optimiser step; returns the loss."""
-    loss = plan.client.forward_backward(batch).mean
-    plan.client.optim_step()
-    return loss
-
-
-def step_time_over(plan: sft.Plan, other: sft.Plan, work: Sequence[list[Example]]) -> float:
-    """The median of CPU times of `plan`'s steps over `other`'s, measured in turns on the same batches."""
-    ratios = []
-    for number, batch in enumerate(work):
-        spent = {}
-        for runner in (plan, other) if number % 2 else (other, plan):
-            began = time.process_time()
-            step(runner, batch)
-            spent[id(runner)] = time.process_time() - began
-        ratios.append(spent[id(plan)] / spent[id(other)])
-    return statistics.median(ratios[1:])  # the first pair also pays for what is set up on first use
 
 
 def exact(plan: sft.Plan, args: argparse.Namespace, adapter: str | None) -> tuple[int, int]:
@@ -117,10 +95,10 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     config, note = configure(name, args, folder)
     torch.manual_seed(config.seed)
     plan = sft.plan(config)
-    losses = [step(plan, batch) for batch in batches(plan, args.steps)]
+    losses = [step(plan.client, batch) for batch in batches(plan, args.steps)]
     right, rows = exact(plan, args, plan.client.adapter.name)
     lora = sft.plan(configure("lora", args, folder)[0])
-    ratio = step_time_over(plan, lora, batches(lora, args.pairs + 1))
+    ratio = step_time_over(plan.client, lora.client, batches(lora, args.pairs + 1))
     trained = what_is_trained(plan.client.adapter, plan.backbone)
     return {
         "config": config.method,
@@ -145,6 +123,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def said(name: str, entry: dict[str, Any]) -> str:
+    if "parameters" not in entry:
+        return f"{name:<8} {entry['note']}"
     losses = f"loss {entry['first_loss']:.3f} → {entry['loss']:.3f}"
     return f"{name:<8} {losses}, {entry['exact']} of {entry['rows']} exact, {entry['step_time_over_lora']:.2f} × LoRA"
 
@@ -169,7 +149,11 @@ def main() -> int:
             results["before"] = exact(sft.plan(configure("lora", args, Path(folder))[0]), args, None)[0]
         for name in names:
             began = time.monotonic()
-            results["methods"][name] = entry = measure(name, args, Path(folder))
+            try:
+                entry = measure(name, args, Path(folder))
+            except TargetError as error:
+                entry = {"note": f"Not measured, because `nano` has no place for it. {error}"}
+            results["methods"][name] = entry
             write_results(results)
             print(f"{said(name, entry)}, {time.monotonic() - began:.0f} s", file=sys.stderr)
     fill_pages(results)

@@ -66,6 +66,8 @@ def conditions(results: dict[str, Any]) -> str:
 def render(results: dict[str, Any], name: str) -> str:
     """What stands between the markers of one method's page."""
     entry = results["methods"][name]
+    if "parameters" not in entry:
+        return f"{entry['note']}\n\nFound by `python -m scripts.docs.measure_methods --only {name}`."
     said = [table(HEADERS, [row(name, entry)])]
     said.append(f"Settings: `{json.dumps(entry['config'], ensure_ascii=False)}`, learning rate {entry['lr']:g}.")
     if entry.get("note"):
@@ -76,7 +78,7 @@ def render(results: dict[str, Any], name: str) -> str:
 
 def render_all(results: dict[str, Any]) -> str:
     """What stands between the markers of the overview."""
-    rows = [row(name, entry) for name, entry in sorted(results["methods"].items())]
+    rows = [row(name, entry) for name, entry in sorted(results["methods"].items()) if "parameters" in entry]
     notes = [f"`{name}`: {entry['note']}" for name, entry in sorted(results["methods"].items()) if entry.get("note")]
     return "\n\n".join(
         [table(HEADERS, rows), *notes, conditions(results), "Measured by `python -m scripts.docs.measure_methods`."]

@@ -1,7 +1,8 @@
 """Writes the generated parts of the documentation from the code, or checks that they are what the code says.
 
-In: the click tree, the config classes, the errors, the public API, the registry of methods. Out: docs/reference, and
-the tables between markers in the method pages and the README; with `--check`, exit code 1 and the names of stale pages.
+In: the click tree, the config classes, the errors, the public API, the registries. Out: docs/reference, the tables
+between markers in the method pages, the index of papers and the README, and the papers' pages; with `--check`, exit
+code 1 and the names of stale pages.
 Run from the repository: `python -m scripts.docs.reference [--check]`.
 """
 
@@ -14,8 +15,10 @@ from functools import partial
 from pathlib import Path
 
 from lorica.methods import all_methods
+from lorica.papers import all_papers
 from scripts.docs import cli_page, config_page, errors_page, losses_page, python_page
 from scripts.docs.method_tables import with_methods, with_settings
+from scripts.docs.paper_tables import paper_page, with_papers
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -32,6 +35,11 @@ def pages() -> dict[Path, Callable[[], str]]:
     for name in all_methods():
         page = DOCS / "methods" / f"{name}.md"
         found[page] = partial(lambda page, name: with_settings(read(page), name), page, name)
+    papers = DOCS / "papers"
+    found[papers / "index.md"] = lambda: with_papers(read(papers / "index.md"), papers)
+    for name in all_papers():
+        page = papers / f"{name}.md"
+        found[page] = partial(lambda page, name: paper_page(name, papers, read(page)), page, name)
     for page, prefix in ((DOCS / "methods" / "index.md", ""), (DOCS.parent / "README.md", "docs/methods/")):
         found[page] = partial(lambda page, prefix: with_methods(read(page), prefix), page, prefix)
     return found

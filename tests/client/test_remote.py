@@ -14,9 +14,12 @@ import lorica
 from lorica.adapters.targets import Targets
 from lorica.client.remote import ServiceClient, metadata_of
 from lorica.core.errors import ConfigError, DataError, FormatError, MissingError
+from lorica.methods import all_methods, get_method, make_method
 from lorica.methods.dora import DoRA
 from lorica.methods.ia3 import IA3
 from lorica.methods.lora import LoRA
+from lorica.server.bodies import CreateModelBody
+from lorica.server.specs import spec_of, without_rank
 from tests.server.conftest import InThread, adam, datum
 
 pytestmark = [
@@ -65,6 +68,39 @@ def test_a_method_travels_as_its_name_and_its_settings():
     assert all(isinstance(value, str) for value in told.values())
     with pytest.raises(ConfigError, match="'alpha'"):
         metadata_of(LoRA(), None, {"alpha": "3"})
+
+
+@pytest.mark.parametrize("name", list(all_methods()))
+def test_every_method_with_all_its_settings_reaches_the_server_as_it_is(name):
+    method = make_method(name, **{"rank": 3} if "rank" in all_methods()[name].model_fields else {})
+    sent = {"user_metadata": metadata_of(method), "lora_config": {"rank": getattr(method, "rank", 1)}}
+    body = CreateModelBody.model_validate({"session_id": "s", "model_seq_id": 0, "base_model": "nano", **sent})
+    spec = spec_of(body, "qwen3")
+    assert spec["method"] == name
+    try:
+        got = get_method(name).parse(spec["config"])
+    except ConfigError as error:  # the SDK's rank, which the server leaves out where there is none
+        got = get_method(name).parse(without_rank(spec, error.code, error.message)["config"])
+    assert got == method
+
+
+HOOKED = {
+    "adalora": {"rank": 4, "steps": 4},
+    "glora": {"rank": 2, "supernet": True},
+    "lora_pro": {"rank": 2, "state": "factor"},
+    "singlora": {"rank": 2, "ramp": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(HOOKED))
+def test_a_method_with_a_schedule_of_its_own_is_trained_from_a_typed_config(client, name):
+    method = make_method(name, **HOOKED[name])
+    run = client.create_training_client(method, "nano", targets=["q_proj", "v_proj"], seed=3).result()
+    told = info(client, run)
+    assert told["method"] == name and told["method_config"] == method.model_dump(mode="json")
+    losses = train(run, 3)
+    assert losses[2] < losses[0]
 
 
 def test_any_method_is_trained_with_its_targets_and_patterns(client):

@@ -35,7 +35,7 @@ def test_override_values_are_yaml(text: str, value: object) -> None:
     assert "x" not in got["method"]
     from lorica.recipes import config as module
 
-    assert module._value(text) == value
+    assert module.read_value(text) == value
 
 
 @pytest.mark.parametrize(

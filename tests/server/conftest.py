@@ -46,7 +46,7 @@ class InThread:
     """A server in a thread, with its state at hand."""
 
     def __init__(self, folder: Path, **settings) -> None:
-        self.settings = Settings(models=("nano",), data_dir=folder, port=0, threads=1, **settings)
+        self.settings = Settings(**{"models": ("nano",), "data_dir": folder, "port": 0, "threads": 1, **settings})
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._clients: list[tinker.ServiceClient] = []

@@ -19,15 +19,41 @@ if TYPE_CHECKING:
     from lorica.sampling.params import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
+POSITION_SCALE = "lorica.position_scale"
+"""Where a command's context keeps the option of that name."""
+QUANTIZE = "lorica.quantize"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def dtype_options(command: F) -> F:
-    """`--dtype` and `--device`."""
+    """`--dtype`, `--device`, and `--position-scale` and `--quantize`, which no command has to hand on."""
+    command = click.option(
+        "--quantize",
+        metavar="KIND[,KEY=VALUE]",
+        expose_value=False,
+        callback=_remember(QUANTIZE),
+        help="Pack the base's linear weights: nf4, nvfp4, …; `nf4,double=false`.  [default: as stored]",
+    )(command)
+    command = click.option(
+        "--position-scale",
+        type=float,
+        metavar="F",
+        expose_value=False,
+        callback=_remember(POSITION_SCALE),
+        help="Divide rotary positions by F, as an adapter was trained for.  [default: 1]",
+    )(command)
     command = click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")(command)
     return click.option(
         "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Dtype of the frozen base."
     )(command)
+
+
+def _remember(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    def keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+        if value is not None:
+            context.meta[key] = value
+
+    return keep
 
 
 def model_options(command: F) -> F:
@@ -62,17 +88,21 @@ def open_backbone(model: str, dtype: str, device: str) -> Backbone:
     """A backbone by name. Raises MissingError, FormatError, ConfigError."""
     from lorica.models import load
 
-    return load(model, dtype=dtype, device=device)
+    given = click.get_current_context().meta
+    scale, packed = given.get(POSITION_SCALE, 1.0), given.get(QUANTIZE)
+    return load(model, dtype=dtype, device=device, position_scale=scale, quantize=packed)
 
 
-def open_service(model: str, adapters: Sequence[str], dtype: str, device: str) -> tuple[Service, tuple[str, ...]]:
+def open_service(
+    model: str, adapters: Sequence[str], dtype: str, device: str, *, from_quantized: bool = False
+) -> tuple[Service, tuple[str, ...]]:
     """A service with the adapters resident, and their names in order."""
     from lorica.client.local import Service
 
     service = Service(open_backbone(model, dtype, device))
     names = tuple(unique_names(adapters))
     for name, path in zip(names, adapters, strict=True):
-        service.host.load(path, name)
+        service.host.load(path, name, from_quantized=from_quantized)
     return service, names
 
 

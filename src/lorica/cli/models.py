@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from lorica.cli.loading import dtype_options, open_backbone
-from lorica.cli.output import emit, json_option, table
+from lorica.cli.output import emit, json_option, size, table
 
 
 @click.command()
@@ -28,7 +28,7 @@ def command(name: str | None, every: bool, dtype: str, device: str, as_json: boo
         return
     backbone = open_backbone(name, dtype, device)
     sites = list(backbone.sites.values())
-    parameters = sum(p.numel() for p in backbone.module.parameters())
+    parameters = backbone.parameter_count()
     if every:
         headers: tuple[str, ...] = ("site", "kind", "shape", "layer")
         rows: list[tuple[Any, ...]] = [
@@ -46,6 +46,8 @@ def command(name: str | None, every: bool, dtype: str, device: str, as_json: boo
         "family": backbone.family,
         "dtype": str(backbone.dtype).removeprefix("torch."),
         "parameters": parameters,
+        "quantization": None if backbone.quantization is None else str(backbone.quantization),
+        "weight_bytes": backbone.weight_bytes(),
         "fingerprint": backbone.fingerprint(),
         "causal_lm": backbone.is_causal_lm,
         "sites": [
@@ -55,6 +57,8 @@ def command(name: str | None, every: bool, dtype: str, device: str, as_json: boo
     }
     kind = "causal language model" if backbone.is_causal_lm else "no language-model head"
     title = f"{backbone.name}: {backbone.family}, {kind}, {parameters:,} parameters in {document['dtype']}"
+    if backbone.quantization is not None:
+        title += f", linear weights packed as {backbone.quantization}: {size(backbone.weight_bytes())}"
     emit(document, f"{title}\n\n{table(headers, rows)}", as_json=as_json)
 
 

@@ -31,6 +31,7 @@ print(run.get_info().model_dump_json())"""
 @click.option("--public-url", help="The URL that clients reach, for signed links.")
 @click.option("--deterministic", is_flag=True, default=None, help="Results do not depend on who shares the engine.")
 @click.option("--dtype", help="Dtype of the backbones.  [default: as stored]")
+@click.option("--quantize", metavar="KIND[,KEY=VALUE]", help="Pack the backbones' linear weights: nf4, nvfp4, …")
 @click.option("--threads", type=int, help="Threads of an engine.")
 @click.option("--log-json", is_flag=True, default=None, help="Logs as JSON lines.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="Any other setting: limits.rank=64.")

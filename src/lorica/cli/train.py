@@ -24,6 +24,8 @@ FLAGS = {
     "batch_size": "batch_size",
     "lr": "optimizer.lr",
     "seed": "seed",
+    "position_scale": "position_scale",
+    "quantize": "quantize",
     "track": "track",
 }
 """Flag → config field. Everything else is set as KEY=VALUE."""
@@ -40,6 +42,12 @@ FLAGS = {
 @click.option("--batch-size", type=int, help="Examples of one optimiser step.")
 @click.option("--lr", type=float, help="Peak learning rate.")
 @click.option("--seed", type=int, help="Seed of the adapter's init, its dropout and the order of the data.")
+@click.option(
+    "--position-scale", type=float, metavar="F", help="Divide rotary positions by F, for F times the base's context."
+)
+@click.option(
+    "--quantize", metavar="KIND[,KEY=VALUE]", help="Pack the base's linear weights: nf4 (QLoRA), nvfp4, nf3, …"
+)
 @click.option("--track", help="Also send metrics to wandb, trackio or tensorboard.")
 @click.option("--dry-run", is_flag=True, help="Show config, data, what would be trained and memory; write nothing.")
 @click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Continue the run in DIR.")
@@ -161,7 +169,7 @@ def _train(config: Any, out: Path, as_json: bool) -> None:
         if outcome.interrupted:
             say(f"Interrupted; the checkpoint is in {outcome.path}. Continue the run with:\n  {resume}")
         else:
-            model = f"--model {shell(_model(outcome.path))} --adapter {shell(str(outcome.adapter))}"
+            model = f"{_model(outcome.path)} --adapter {shell(str(outcome.adapter))}"
             say(f"Curve in {outcome.path / 'loss.png'}. Try it with:\n  lorica chat {model}")
     document = {
         "path": outcome.path,
@@ -181,6 +189,12 @@ def _train(config: Any, out: Path, as_json: bool) -> None:
 
 
 def _model(run: Path) -> str:
+    """The options that open a run's base again."""
     from lorica.recipes.config import read_config
 
-    return read_config(run / "config.yaml").model
+    if (run / "base").is_dir():  # made together with the adapter
+        return f"--model {shell(str(run / 'base'))}"
+    config = read_config(run / "config.yaml")
+    scale = f" --position-scale {config.position_scale:g}" if config.position_scale != 1 else ""
+    packed = "" if config.quantize is None else f" --quantize {shell(str(config.quantize))}"
+    return f"--model {shell(config.model)}{scale}{packed}"

@@ -17,6 +17,8 @@ from lorica.adapters.targets import Targets
 from lorica.core.config import Config
 from lorica.core.errors import ConfigError, MissingError
 from lorica.methods import Method, make_method
+from lorica.models.quantize.config import Quantization
+from lorica.models.shifted_attention import Shifted
 from lorica.training.optimizer import AdamWConfig
 
 
@@ -42,6 +44,15 @@ class SFTConfig(Config):
     model: str = Field("nano", description="a built-in name, a local directory or a hub id")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the frozen base")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes the GPU where there is one")
+    quantize: Quantization | None = Field(
+        None, description="pack the frozen base's linear weights, as in `nf4`; null keeps them in full"
+    )
+    position_scale: float = Field(
+        1.0, ge=1, description="divide rotary positions by it, for so many times the base's context"
+    )
+    attention: Shifted | None = Field(
+        None, description="null is dense; `{kind: shifted, group: 2048}` trains in shifted groups (LongLoRA)"
+    )
     method: dict[str, Any] = Field(
         {"name": "lora"}, description="`name` and the method's own settings; see `lorica methods NAME`"
     )
@@ -65,6 +76,11 @@ class SFTConfig(Config):
     )
     project: str = Field("lorica", description="project name for the tracker")
 
+    @field_validator("quantize", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return Quantization.of(value)
+
     @field_validator("method")
     @classmethod
     def _known_method(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -82,12 +98,16 @@ def read_config(
     path: str | Path | None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> SFTConfig:
     """A config from a YAML file, with `a.b=c` overrides (values are YAML) on top. Raises ConfigError, MissingError."""
-    values: dict[str, Any] = dict(defaults or {})
-    if path is not None:
-        values |= _read_yaml(Path(path))
-    for override in overrides:
-        _apply(values, override)
-    return SFTConfig.parse(values)
+    values = {**(defaults or {}), **({} if path is None else _read_yaml(Path(path)))}
+    return SFTConfig.parse(override(values, overrides))
+
+
+def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested settings with `a.b=c` overrides, whose values are YAML, on top. Raises ConfigError."""
+    changed = dict(values)
+    for text in overrides:
+        _apply(changed, text)
+    return changed
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -115,10 +135,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise ConfigError(f"Override {override!r} sets a field of {part!r}, which holds a plain value.")
         here[part] = dict(inner)
         here = here[part]
-    here[last] = _value(text)
+    here[last] = read_value(text)
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """What stands behind the sign of equality: YAML, and numbers such as 1e-3 that YAML takes for words. Raises
+    ConfigError.
+    """
     try:
         return float(text) if "e" in text.lower() else yaml.safe_load(text)
     except ValueError:

@@ -61,7 +61,7 @@ def estimate(client: TrainingClient, examples: Sequence[Example], batch_size: in
         peak, working = before + round(working * times), round(working * times)
     return MemoryEstimate(
         total=max(earlier, peak + moments),
-        weights=sum(p.numel() * p.element_size() for p in backbone.module.parameters()),
+        weights=backbone.weight_bytes(),
         adapter=adapter.flat.numel() * element + frozen,
         optimizer=moments + adapter.flat.numel() * element,
         working=working,

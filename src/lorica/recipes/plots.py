@@ -1,4 +1,4 @@
-"""The loss curve of a run as a PNG.
+"""Figures as PNG bytes, without a screen; and the loss curve of a run.
 
 In: metric records. Out: a picture. Refuses to know runs.
 """
@@ -12,12 +12,9 @@ from typing import Any
 
 def loss_curve(records: Sequence[dict[str, Any]], title: str) -> bytes:
     """Training loss over steps, smoothed over it, and evaluation loss where there is one. Returns PNG bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     trained = [(r["step"], r["loss"]) for r in records if "loss" in r]
     if trained:
@@ -32,6 +29,21 @@ def loss_curve(records: Sequence[dict[str, Any]], title: str) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    return png(figure)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure in inches, drawn without a screen; matplotlib is imported now."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def png(figure: Any) -> bytes:
+    """A figure as PNG bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -59,7 +59,8 @@ def peft_proof(ready: Plan, adapter: Path, prompts: Sequence[Sequence[int]]) -> 
     import peft
 
     host = ready.client.service.host
-    fresh = load(ready.config.model, dtype=ready.config.dtype, device=ready.config.device)
+    config = ready.config
+    fresh = load(config.model, dtype=config.dtype, device=config.device, quantize=config.quantize)
     host.eval()
     worst = largest = effect = 0.0
     with torch.no_grad(), warnings.catch_warnings():

@@ -192,7 +192,7 @@ def _run(config: SFTConfig, directory: RunDir, observer: QuickstartObserver, row
         steps=outcome.steps,
         loss=records[-1]["loss"] if records else outcome.loss,
         parameters=ready.client.adapter.layout.trainable_count(),
-        base_parameters=sum(p.numel() for p in ready.backbone.module.parameters()),
+        base_parameters=ready.backbone.parameter_count(),
         tokens_per_second=outcome.tokens_per_second,
         scores={
             name: Score(len(asked), watch.totals[name], _right(asked, watch.before[name]), _right(asked, after[name]))

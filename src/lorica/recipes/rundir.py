@@ -1,7 +1,7 @@
 """A run's directory: resolved config, metrics, curve, checkpoints, adapter.
 
 In: a path. Out: atomic writes, so that a kill or a full disk at any moment leaves the last good checkpoint.
-    config.yaml  metrics.jsonl  loss.png  adapter/  checkpoints/step-000100.pt
+    config.yaml  metrics.jsonl  loss.png  adapter/  base/ (of its own)  checkpoints/step-000100.pt
 Refuses to know clients and training.
 """
 
@@ -37,6 +37,11 @@ class RunDir:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def base(self) -> Path:
+        """The model directory of a base that was made together with the adapter."""
+        return self.path / "base"
 
     def create(self, config: str) -> None:
         """Make the directory for a new run. Raises StorageError when it holds a run already."""

@@ -28,8 +28,10 @@ from lorica.data.records import Dataset, load_records
 from lorica.data.render import Prepared, Renderer, prepare
 from lorica.models import load
 from lorica.models.backbone import Backbone
+from lorica.models.saving import save_backbone
 from lorica.recipes.config import SFTConfig, to_yaml
 from lorica.recipes.memory import peak_bytes
+from lorica.recipes.own_base import has_own_base, own_base
 from lorica.recipes.plots import loss_curve
 from lorica.recipes.rundir import ROOM, RunDir
 from lorica.recipes.trackers import check_tracker, make_tracker
@@ -83,7 +85,8 @@ class Outcome:
 def plan(config: SFTConfig) -> Plan:
     """Load model and data and make the adapter. Writes nothing. Raises Lorica's errors for whatever does not fit."""
     check_tracker(config.track)
-    backbone = load(config.model, dtype=config.dtype, device=config.device)
+    made = own_base(config)
+    backbone = made.backbone if made else _loaded(config)
     if backbone.tokenizer is None:
         raise MethodError(f"{config.model!r} has no tokenizer, so text cannot be trained on it.")
     renderer = Renderer(backbone.tokenizer, train_on=config.data.train_on, chat=config.data.chat)
@@ -95,13 +98,29 @@ def plan(config: SFTConfig) -> Plan:
     per_epoch = len(sampler.batches(0))
     steps = config.steps or max(1, round(config.epochs * per_epoch))
     service = Service(backbone, token_budget=config.token_budget)
-    client = service.training_client(
-        config.make_method(), config.targets, seed=config.seed, optimizer=config.optimizer, steps=steps
-    )
+    service.host.set_attention(config.attention)
+    if made:
+        client = TrainingClient(service, service.host.put(made.adapter), config.optimizer, steps)
+    else:
+        client = service.training_client(
+            config.make_method(), config.targets, seed=config.seed, optimizer=config.optimizer, steps=steps
+        )
+    if config.attention is not None:
+        client.adapter.meta["attention"] = config.attention.model_dump(mode="json")
     client.adapter.meta |= {"recipe": "sft", "data": {"path": dataset.path, "fingerprint": dataset.fingerprint}}
     if config.checkpointing:
         service.host.checkpointing()
     return Plan(config, backbone, renderer, dataset, prepared, evaluation, steps, client, sampler)
+
+
+def _loaded(config: SFTConfig) -> Backbone:
+    return load(
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        position_scale=config.position_scale,
+        quantize=config.quantize,
+    )
 
 
 def run(config: SFTConfig, observer: Observer | None = None) -> Outcome:
@@ -178,6 +197,8 @@ def _train(ready: Plan, directory: RunDir, observer: Observer, first: int) -> Ou
         )
     finished = step == ready.steps
     adapter = ready.client.save(directory.adapter) if finished else None
+    if finished and has_own_base(config):
+        save_backbone(ready.backbone, directory.base)
     return Outcome(
         directory.path, step, loss, seconds, tokens / max(seconds, 1e-9), peak_bytes(), not finished, adapter
     )

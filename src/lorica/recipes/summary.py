@@ -99,7 +99,7 @@ def what_is_trained(adapter: Adapter, backbone: Backbone) -> Trained:
         sites=len(layout.sites),
         parameters=layout.trainable_count(),
         frozen=layout.frozen_count(),
-        base_parameters=sum(p.numel() for p in backbone.module.parameters()),
+        base_parameters=backbone.parameter_count(),
     )
 
 

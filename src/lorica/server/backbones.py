@@ -164,6 +164,7 @@ class Backbones:
         settings = self._settings
         return {
             "dtype": settings.dtype,
+            "quantize": settings.quantize,
             "threads": settings.threads,
             "deterministic": settings.deterministic,
             **settings.engine,

@@ -52,6 +52,7 @@ class Settings(Config):
     artifacts: str | None = Field(None, description="directory or fsspec URL; none is a folder of the data directory")
     deterministic: bool = Field(False, description="no two runs share a micro-batch, so that results are bitwise equal")
     dtype: str = Field("auto", description="dtype of the backbones' weights")
+    quantize: str | None = Field(None, description="packs the backbones' linear weights, as in `nf4`; none keeps them")
     threads: int = Field(0, ge=0, description="threads of an engine; 0 leaves it to torch")
     engine: dict[str, Any] = Field({}, description="further settings of engines: `token_budget`, `slots` …")
     public_url: str | None = Field(None, description="the URL that clients reach, for signed links")

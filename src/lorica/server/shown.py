@@ -98,6 +98,7 @@ def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
         "tenant": checkpoint.tenant,
         "name": checkpoint.name,
         "method": opened.get("method"),
+        "config": opened.get("config"),
         "base_model": checkpoint.info.get("base_model"),
     }
 

@@ -77,6 +77,8 @@ async def weights_info(body: WeightsInfoBody, server: ServerDep, caller: CallerD
         "train_attn": flags.get("train_attn"),
         "method": opened.get("method"),
         "method_config": opened.get("config"),
+        "targets": opened.get("targets"),
+        "trainable_parameters": opened.get("parameters"),
         "lora_alpha": (opened.get("config") or {}).get("alpha"),
     }
 
