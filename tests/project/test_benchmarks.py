@@ -16,6 +16,8 @@ SMALL = {
     "tenants": ["--width=128", "--shapes=2x8", "--rounds=1", "--methods=lora,dora"],
     "decode": ["--width=128", "--tokens=2", "--rounds=1", "--tenants=2"],
     "loss_head": ["--vocabularies=500", "--rounds=1"],
+    "methods": ["--width=128", "--layers=2", "--rows=2", "--tokens=8", "--rounds=1", "--methods=lora,norm"],
+    "quantize": ["--size=128", "--width=128", "--rows=1", "--tokens=8", "--rounds=1"],
     "scale": ["--count=20", "--peft=2", "--rounds=1"],
     "server": ["--tenants=1,2", "--steps=1", "--idle=2", "--samplers=2", "--tokens=2", "--rounds=1"],
 }
@@ -35,7 +37,8 @@ def test_a_benchmark_runs_and_prints_one_document(name: str) -> None:
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert {"benchmark", "flags", "device", "threads", "torch", "transformers", "peft"} <= report.keys()
-    assert any("PEFT" in key or "peft" in key or "two products" in key for key in report)
+    peers = ("PEFT", "peft", "two products", "bitsandbytes")
+    assert any(peer in key for key in report for peer in peers)
 
 
 @pytest.mark.parametrize("name", SMALL)

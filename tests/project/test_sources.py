@@ -50,7 +50,7 @@ def test_only_models_and_data_import_transformers():
 def test_torch_is_the_only_heavy_library_that_is_needed():
     declared = {"torch", "transformers", "tokenizers", "safetensors", "numpy", "pydantic", "yaml", "click", "rich"}
     declared |= {"matplotlib", "jinja2", "huggingface_hub", "pydantic_core", "lorica", "__future__"}
-    optional = {"peft", "pyarrow", "wandb", "trackio", "tensorboard"}
+    optional = {"bitsandbytes", "peft", "pyarrow", "sklearn", "wandb", "trackio", "tensorboard"}
     serve = {"alembic", "fastapi", "fsspec", "google", "httpx", "msgspec", "prometheus_client", "psycopg"}
     optional |= serve | {"sqlalchemy", "zstandard", "sse_starlette", "starlette", "tinker", "uvicorn"}
     import sys
