@@ -39,7 +39,7 @@ def command(
     device: str,
     as_json: bool,
 ) -> None:
-    """Measure gain and forgetting of trained adapters.
+    """Measure what adapters gained on their task and lost on another.
 
     The loss of both files is asked of the base and of each adapter. The components of a change of weights are counted
     that hold a share of its variance: few for a low rank, many for full fine-tuning (`lorica train delta`).

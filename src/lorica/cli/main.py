@@ -21,7 +21,7 @@ COMMANDS: dict[str, str] = {
     "quickstart": "Fine-tune the built-in model on the built-in data, and see what changed.",
     "train": "Fine-tune an adapter on a data file.",
     "compare": "Train several methods in the same batches, and show what each gains and costs.",
-    "search": "Search for GLoRA configurations, or for the intrinsic dimension of a data set.",
+    "search": "Search GLoRA's configurations, or for an intrinsic dimension.",
     "sample": "Continue prompts, with or without an adapter.",
     "chat": "Talk to a model, with or without an adapter.",
     "merge": "Fold adapters into the weights and write a model directory.",

@@ -68,7 +68,7 @@ def _observer(quiet: bool) -> Any:
 
 @click.group()
 def command() -> None:
-    """Search for GLoRA configurations, or for the intrinsic dimension of a data set."""
+    """Search GLoRA's configurations, or for an intrinsic dimension."""
 
 
 @command.command()

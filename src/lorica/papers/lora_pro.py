@@ -10,6 +10,7 @@ from lorica.methods import make_method
 from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, average
+from lorica.papers.kit.plot import Plot, Series
 from lorica.papers.kit.table import Table
 from lorica.papers.kit.task import TaskSettings
 
@@ -112,3 +113,16 @@ class LoRAProPaper(Contest[Settings]):
         if not above(lora):
             return Verdict(None, f"{said} LoRA has no clear gap to close.")
         return Verdict(above(lora - pro), said)
+
+    def plots(self, table: Table) -> tuple[Plot, ...]:
+        best, ranks = self.listed(table), table.values("rank")
+        full, highest = best.mean(GAP, method="full"), ranks[-1]
+        names = ("lora", "lora_pro")
+        gaps = [best.series(name, "rank", GAP, method=name) for name in names]
+        flat = Series("full", gaps[0].x, (full,) * len(ranks), style="dashed")
+        rates = [table.series(f"{name}, rank {highest}", "lr", GAP, method=name, rank=highest) for name in names]
+        rates.append(table.series("full", "lr", GAP, method="full"))
+        return (
+            Plot("the gap", "rank", GAP, (*gaps, flat), log_x=True, log_y=True),
+            Plot("other learning rates", "learning rate", GAP, tuple(rates), log_x=True, log_y=True),
+        )
