@@ -70,9 +70,8 @@ class QLoRAPaper(PaperCheck[Settings]):
         "The paper's Int4 and FP4 have a scale for every 64 weights. Uniform levels here span a whole weight and clip "
         "beyond two standard deviations, which hurts more; nvfp4 has a scale for every 16, which hurts less. A fifth "
         "of nano are embeddings and norms, which stay in 16 bits, so the whole shrinks less than a large model does. "
-        "Memory is that of weights; activations, the adapter and its "
-        "optimiser come on top. Seeds differ: after 16 steps "
-        "at a rate of 1.6e-2 the same bound was undecided. The best rate is the largest that was tried, on all bases."
+        "Memory is that of weights; activations, the adapter and its optimiser come on top. After 16 steps at a rate of "
+        "1.6e-2 seeds differed more, and nothing was decided. The best rate is the largest that was tried, on all bases."
     )
     keys = ("base", "lr")
     columns: ClassVar = {

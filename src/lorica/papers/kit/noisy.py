@@ -27,9 +27,9 @@ class Rollouts(Config):
     """How rollouts are sampled, and how their noise is scheduled."""
 
     stages: int = Field(5, ge=3, description="stages of a schedule; the first has no noise")
-    draws: int = Field(4, ge=1, description="training steps of a stage at which rollouts are noisy anew")
+    draws: int = Field(10, ge=1, description="training steps of a stage at which rollouts are noisy anew")
     prompts: int = Field(8, ge=1, description="prompts, of the test rows")
-    tokens: int = Field(24, ge=1, description="tokens sampled after each, at temperature 1")
+    tokens: int = Field(16, ge=1, description="tokens sampled after each, at temperature 1")
 
 
 class Tenants:
@@ -57,10 +57,11 @@ class Tenants:
         rows: list[Row] = []
         clean, draws = self._entropy(self.adapters), self.settings.draws
         for stage in range(self.settings.stages):
-            steps = range(stage * draws, (stage + 1) * draws)
+            first = stage * draws
+            sigma = noises[0].sigma(first)
+            steps = range(first, first + (draws if sigma else 1))  # without noise, all are alike
             found = [self._entropy([noise.at(step).adapter for noise in noises]) for step in steps]
-            mean = sum(found) / draws
-            sigma = noises[0].sigma(steps[0])
+            mean = sum(found) / len(found)
             rows.append({"stage": stage, "sigma": sigma, "entropy": mean, "entropy gain": mean - clean})
         for noise in noises:
             noise.close()
