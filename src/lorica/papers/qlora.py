@@ -26,8 +26,7 @@ from lorica.papers.kit.table import Row, Table
 from lorica.papers.kit.text import TextArena, examples, open_model, split
 
 NF4, UNIFORM, FINE = "nf4", "uniform4", "nvfp4"
-BITS = 4.2
-"""Bits a weight that the claim allows; the formula of the format says 4.127."""
+BITS = 4.2  # a weight: the formula of the format says 4.127
 
 
 class Settings(PackedSettings):
@@ -68,10 +67,9 @@ class QLoRAPaper(PaperCheck[Settings]):
     )
     limits = (
         "The paper's Int4 and FP4 have a scale for every 64 weights. Uniform levels here span a whole weight and clip "
-        "beyond two standard deviations, which hurts more; nvfp4 has a scale for every 16, which hurts less. A fifth "
-        "of nano are embeddings and norms, which stay in 16 bits, so the whole shrinks less than a large model does. "
-        "Memory is that of weights; activations, the adapter and its optimiser come on top. After 16 steps at a rate of "
-        "1.6e-2 seeds differed more, and nothing was decided. The best rate is the largest that was tried, on all bases."
+        "beyond two standard deviations, which hurts more; nvfp4 has a scale for every 16, which hurts less. A fifth of "
+        "nano stays in 16 bits (embeddings, norms), so it shrinks less than a large model. Memory is that of weights. "
+        "After 16 steps at 1.6e-2 seeds differed too much to decide. The best rate is the largest tried, on all bases."
     )
     keys = ("base", "lr")
     columns: ClassVar = {
