@@ -323,6 +323,12 @@ def test_a_wrong_choice_is_a_sentence(choice: str, words: str) -> None:
         GLoRA(choices=(("fc", choice),))
 
 
+@pytest.mark.parametrize("pattern", ["(", "a)|(b", "(?i)FC"])
+def test_a_pattern_that_is_no_regular_expression_where_it_is_used_is_refused_by_the_config(pattern: str) -> None:
+    with pytest.raises(ConfigError, match="is no regular expression"):
+        GLoRA(choices=((pattern, "none,lora,none,none,none"),))
+
+
 def test_without_a_bias_peft_drops_what_the_equation_keeps() -> None:
     base = nn.Sequential()
     base.add_module(SITE, linear(W))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorica.core.errors import MethodError
@@ -70,9 +72,13 @@ def test_every_change_of_a_weight_can_be_written_at_the_largest_rank(shape: tupl
 
 
 @given(rank=st.integers(1, 4096))
+@example(rank=1)
+@example(rank=64)
+@example(rank=4096)
 @settings(max_examples=60, deadline=None)
 def test_the_scaling_is_two_at_every_rank_with_alpha_twice_the_rank(rank: int) -> None:
     assert LoRA(rank=rank, alpha=2.0 * rank).scaling() == 2.0
+    assert LoRA(rank=rank, alpha=2.0 * rank, rslora=True).scaling() == pytest.approx(2 * math.sqrt(rank))
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])

@@ -123,9 +123,9 @@ def test_values_that_are_not_finite_are_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_shared_base_the_adapter_restores_the_full_weight(kind: str) -> None:
     host = Host(packed(kind))
-    adapter = host.add("a", LoftQ(rank=8))
+    adapter, whole = host.add("a", LoftQ(rank=8)), full()
     for site in adapter.layout.sites:
-        W = full().weight(site).matrix()
+        W = whole.weight(site).matrix()
         update = adapter.update(site, host.backbone.weight(site))
         base = host.backbone.weight(site).matrix()
         error, plain = (W - update.effective(base)).detach().norm(), (W - base).norm()  # type: ignore[union-attr]
@@ -266,7 +266,7 @@ def test_dropout_and_decay_do_not_exist() -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "nf2", "uniform2"])
 def test_a_private_base_is_nearer_to_the_full_one_than_the_shared_one(kind: str) -> None:
-    config = Quantization(kind=kind, double=False)
+    config, whole = Quantization(kind=kind, double=False), full()
     one = private_base(full(), config, LoftQ(rank=8))
     five = private_base(full(), config, LoftQ(rank=8, iterations=5))
     for site, errors in five.errors.items():
@@ -275,7 +275,7 @@ def test_a_private_base_is_nearer_to_the_full_one_than_the_shared_one(kind: str)
         assert said["errors"][said["chosen"] - 1] == min(errors[1:]) and said["plain"] == errors[0]
         weight = five.backbone.weight(site)
         update = five.adapter.update(site, weight)
-        left = full().weight(site).matrix() - update.effective(weight.matrix())  # type: ignore[union-attr]
+        left = whole.weight(site).matrix() - update.effective(weight.matrix())  # type: ignore[union-attr]
         assert math.isclose(float(left.detach().norm()), min(errors[1:]), rel_tol=1e-3)
     if kind != "nf4":
         assert sum(min(e[1:]) for e in five.errors.values()) < sum(e[1] for e in one.errors.values())

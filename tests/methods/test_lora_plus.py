@@ -156,6 +156,16 @@ def test_the_methods_with_two_sides_are_all_there() -> None:
     assert {"lora", "dora", "adalora", "lora_pro", "pissa", "milora", "multilora"} <= found
 
 
+@pytest.mark.parametrize("name", [n for n, cls in all_methods().items() if issubclass(cls, LearningRates)])
+def test_a_rate_of_embeddings_is_refused_where_a_method_has_none(name: str) -> None:
+    if "embedding" in all_methods()[name].kinds:
+        assert make_method(name, lr_embedding=0.5).group_lr()["embedding"] == 0.5
+        return
+    with pytest.raises(ConfigError, match=f"lr_embedding is 0.5, but '{name}' adapts no embeddings"):
+        make_method(name, lr_embedding=0.5)
+    assert make_method(name, lr_embedding=1.0) == make_method(name)
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0])
 @pytest.mark.parametrize("field", ["lr_ratio", "lr_embedding"])
 def test_a_rate_that_is_not_positive_is_refused(field: str, bad: float) -> None:

@@ -158,7 +158,6 @@ def test_the_counter_is_saved_and_resumed(tmp_path: Path) -> None:
 
 def test_a_resumed_run_is_the_run_that_never_stopped(tmp_path: Path) -> None:
     whole, part = attached(SingLoRA(rank=2, ramp=6)), attached(SingLoRA(rank=2, ramp=6))
-    trained(whole, 0)
     results = []
     for host, stops in ((whole, False), (part, True)):
         given = example_inputs(host.backbone)

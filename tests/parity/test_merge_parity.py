@@ -50,8 +50,12 @@ def untied(case: Case, base: Backbone) -> list[str]:
     return [n for n in sites(case) if not base.sites[n].tied and (base.sites[n].bias or not biased)]
 
 
-CASES = [case for case in held(REGISTERED) if holds_weights(case.make()) and untied(case, backbone(case.family))]
-MORE = [case for case in held(SETTINGS) if holds_weights(case.make())]
+def mergeable(cases: list[Case]) -> list[Case]:
+    """Those with a site that may be merged."""
+    return [case for case in held(cases) if holds_weights(case.make()) and untied(case, backbone(case.family))]
+
+
+CASES, MORE = mergeable(REGISTERED), mergeable(SETTINGS)
 BIASED = [Case(family, "lora", (("lora_bias", True),)) for family in ("gpt2", "bert", "vit")]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lorica
-from lorica.core.errors import FormatError, MethodError, StorageError
+from lorica.core.errors import FormatError, MethodError, StorageError, TargetError
 from lorica.methods import all_methods
 from lorica.recipes import quickstart, sft
 from lorica.recipes.proofs import peft_proof
@@ -115,12 +115,25 @@ def test_an_unknown_method_is_refused_with_its_neighbour() -> None:
         quickstart.configure("lorra")
 
 
+NO_MERGE = {"prompt": "prompt", "prefix": "prefix", "longlora": "tied"}
+"""Methods that nano cannot be merged with, each with a word of the reason: no weight, or one that is tied."""
+NO_PLACE = ("lora_fused",)
+"""Methods that nano has no place for."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in all_methods() if name not in ("lora", "bias")])
+@pytest.mark.parametrize("method", [name for name in all_methods() if name not in ("lora", "bias", *NO_PLACE)])
 def test_every_method_can_be_chosen(method: str, tmp_path: Path) -> None:
     found = quickstart.run(quickstart.configure(method, str(tmp_path / method), SHORT), rows=ROWS)
     assert found.method == method and found.parameters > 0
-    has_peft, mergeable = all_methods()[method].peft is not None, method not in ("prompt", "prefix")
+    has_peft = all_methods()[method].peft is not None
     assert found.peft.status == ("same" if has_peft else "unsupported")
-    assert found.merge.status == ("merged" if mergeable else "impossible")
-    assert mergeable or found.merge.reason
+    assert found.merge.status == ("impossible" if method in NO_MERGE else "merged")
+    assert NO_MERGE.get(method, "") in (found.merge.reason or "")
+
+
+@pytest.mark.parametrize("method", NO_PLACE)
+def test_a_method_without_a_place_in_nano_is_refused_with_what_it_looks_for(method: str, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="this backbone has none of them") as refused:
+        quickstart.run(quickstart.configure(method, str(tmp_path / method), SHORT), rows=ROWS)
+    assert all(name in str(refused.value) for name in all_methods()[method].default_targets)

@@ -19,9 +19,10 @@ from lorica.core.errors import MethodError
 from lorica.core.site import Site
 from lorica.methods.loftq import Alternation, LoftQ
 from lorica.models.backbone import Backbone
-from lorica.models.quantize.apply import quantize_backbone
+from lorica.models.quantize.apply import format_for, quantize_backbone
 from lorica.models.quantize.config import Quantization
-from lorica.models.quantize.linear import QuantizedLinear
+from lorica.models.quantize.formats import Packed
+from lorica.models.quantize.functions import packed_as
 
 META = "loftq"
 """Where an adapter's `meta` keeps the errors, by site."""
@@ -58,15 +59,16 @@ def private_base(
     spec = targets or Targets()
     methods = Layout(method, select(backbone.sites, method, spec)).methods
     found: dict[str, Alternation] = {}
+    form = format_for(quantization)
 
-    def seen(site: Site, weight_OI: Tensor, module: QuantizedLinear) -> None:
-        own = methods.get(site.name)
-        if isinstance(own, LoftQ):
-            rng = torch.Generator().manual_seed(seed)
-            found[site.name] = own.alternate(weight_OI.to(module.device), module.form, rng)
-            module.hold(found[site.name].packed)
+    def pack(site: Site, weight_OI: Tensor) -> Packed:
+        own, weight_OI = methods.get(site.name), weight_OI.to(device or weight_OI.device)
+        if not isinstance(own, LoftQ):
+            return packed_as(form, weight_OI)
+        found[site.name] = own.alternate(weight_OI, form, torch.Generator().manual_seed(seed))
+        return found[site.name].packed
 
-    packed = quantize_backbone(backbone, quantization, device=device, seen=seen)
+    packed = quantize_backbone(backbone, quantization, device=device, pack=pack)
     if not found:
         raise MethodError(
             f"LoftQ adapts no site whose weight is packed as {quantization}, so there is nothing to choose together."

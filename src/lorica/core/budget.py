@@ -1,7 +1,7 @@
 """A budget of parts that shrinks in training, who stays within it, and the push that keeps parts comparable.
 
-In: scores, a number of steps, matrices. Out: a number, masks that leave exactly so many, a gradient. See AdaLoRA, arXiv
-2303.10512. Refuses to know methods, sites and optimisers.
+In: scores, a number of steps, matrices. Out: a number, masks that leave exactly so many, a gradient. It serves AdaLoRA,
+arXiv 2303.10512, and its errors say so. Refuses to know sites, updates and optimisers.
 """
 
 from __future__ import annotations

@@ -108,10 +108,16 @@ ALL: tuple[Choice, ...] = tuple(Choice(*words) for words in itertools.product(*O
 """Every configuration of a site: 4 · 4 · 3 · 3 · 3 = 432."""
 
 
+def anywhere(pattern: str) -> str:
+    """A name pattern as it is matched with `fullmatch`: against a whole name, or the part of one behind a dot."""
+    return rf"(.*\.)?({pattern})"
+
+
 def checked_pattern(pattern: str) -> str:
-    """A name pattern. Raises ConfigError where it is no regular expression."""
+    """A name pattern. Raises ConfigError where it is no regular expression, alone or as `anywhere` writes it."""
     try:
-        re.compile(pattern)
+        for written in (pattern, anywhere(pattern)):
+            re.compile(written)
     except re.error as error:
         raise ConfigError(f"{pattern!r} is no regular expression: {error}.") from None
     return pattern

@@ -20,6 +20,11 @@ from lorica.engine.equation import Dropout
 KEEP = 8
 """Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most x's width divided by this."""
 
+Needs = Callable[[int], bool]
+"""Whether there is a tensor of this index, and its gradient is wanted."""
+Add = Callable[[int, Tensor], None]
+"""Takes a share of the gradient of the tensor with an index."""
+
 
 @dataclass(slots=True)
 class Term:
@@ -37,11 +42,17 @@ class Term:
         """A product of A and B, which adapters of one form can batch."""
         return self.mid < 0 and self.post < 0
 
+    def left(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """`post ⊙ B` [O, R]."""
+        B_OR = tensors[self.B]
+        return (B_OR if self.post < 0 else B_OR * tensors[self.post][:, None]).to(dtype)
 
-Needs = Callable[[int], bool]
-"""Whether there is a tensor of this index, and its gradient is wanted."""
-Add = Callable[[int, Tensor], None]
-"""Takes a share of the gradient of the tensor with an index."""
+    def left_grads(self, G_OR: Tensor, tensors: Sequence[Tensor], needs: Needs, add: Add) -> None:
+        """With G the gradient of `post ⊙ B`: dB = post ⊙ G, and dpost = Σ_r B ⊙ G."""
+        if needs(self.B):
+            add(self.B, G_OR if self.post < 0 else G_OR * tensors[self.post].to(G_OR.dtype)[:, None])
+        if needs(self.post):
+            add(self.post, (G_OR * tensors[self.B].to(G_OR.dtype)).sum(1))
 
 
 class Block:
@@ -155,15 +166,10 @@ class Block:
             add(k, _narrow(dA_RI, 0, first, tensors[k].shape[0]))
 
     def _b_grads(self, i: int, G_TOR: Tensor, tensors: Sequence[Tensor], needs: Needs, add: Add) -> None:
-        """With `G = scale · dyᵀ (x Aᵀ ⊙ mid)`: dB = post ⊙ G, and dpost = Σ_r B ⊙ G."""
+        """`G = scale · dyᵀ (x Aᵀ ⊙ mid)`, ranks that were filled up included."""
         for t, terms in enumerate(self.terms):
-            term = terms[i]
-            B_OR = tensors[term.B]
-            G_OR = _narrow(G_TOR if self.count == 1 else G_TOR[t], 1, 0, B_OR.shape[1])
-            if needs(term.B):
-                add(term.B, G_OR if term.post < 0 else G_OR * tensors[term.post].to(G_OR.dtype)[:, None])
-            if needs(term.post):
-                add(term.post, (G_OR * B_OR.to(G_OR.dtype)).sum(1))
+            G_OR = _narrow(G_TOR if self.count == 1 else G_TOR[t], 1, 0, tensors[terms[i].B].shape[1])
+            terms[i].left_grads(G_OR, tensors, needs, add)
 
     def _own(self, all_: Tensor) -> Tensor:
         """The block's rows, [T, n, ·]."""
@@ -221,9 +227,7 @@ class Block:
     def _stacked_b(self, i: int, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """`post ⊙ B` of term i, [T, O, R], missing ranks zero, rounded once."""
         if self.count == 1:
-            term = self.terms[0][i]
-            B_OR = tensors[term.B]
-            return (B_OR if term.post < 0 else B_OR * tensors[term.post][:, None]).to(dtype)
+            return self.terms[0][i].left(tensors, dtype)
         rank = self.spans[i][1]
         parts = [tensors[terms[i].B] for terms in self.terms]
         return torch.stack([B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for B in parts]).to(dtype)

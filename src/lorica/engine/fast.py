@@ -113,9 +113,7 @@ def _fused(executor: Executor) -> tuple[dict[nn.Module, FusedNorm], list[Gated]]
 
 
 def step_norms(executor: Executor, adapters: Iterable[Adapter]) -> list[tuple[nn.Module, Any]]:
-    """Stand-ins for norms that none of these adapters changes, for passes of few tokens without gradients."""
-    if torch.is_autocast_enabled(executor.backbone.device.type):
-        return []
+    """Stand-ins for norms that none of these adapters changes, for passes of few tokens without gradients, autocast."""
     touched = list(adapters)
     found = [(module, norm.in_one_call) for module, norm in _fused(executor)[0].items() if _is_bare(module, touched)]
     return [(module, forward) for module, forward in found if forward is not None]

@@ -111,20 +111,14 @@ class Product:
         dD_OI = dy_nO.mT @ (x_nI if self.dropout is None else self.dropout(x_nI))
         if needs(term.A) or needs(term.mid):
             # K = scale · Bᵀ diag(post) dD: dA = mid ⊙ K, and dmid = Σ_i A ⊙ K
-            K_RI = (self._left(tensors, dD_OI.dtype) * term.scale).mT @ dD_OI
+            K_RI = (term.left(tensors, dD_OI.dtype) * term.scale).mT @ dD_OI
             if needs(term.A):
                 mid = None if term.mid < 0 else tensors[term.mid].to(K_RI.dtype)[:, None]
                 add(term.A, K_RI if mid is None else K_RI * mid)
             if needs(term.mid):
                 add(term.mid, (K_RI * tensors[term.A].to(K_RI.dtype)).sum(1))
         if needs(term.B) or needs(term.post):
-            # Q = scale · dD Aᵀ diag(mid): dB = post ⊙ Q, and dpost = Σ_r B ⊙ Q
-            Q_OR = dD_OI @ self._right(tensors, dD_OI.dtype).mT
-            if needs(term.B):
-                post = None if term.post < 0 else tensors[term.post].to(Q_OR.dtype)[:, None]
-                add(term.B, Q_OR if post is None else Q_OR * post)
-            if needs(term.post):
-                add(term.post, (Q_OR * tensors[term.B].to(Q_OR.dtype)).sum(1))
+            term.left_grads(dD_OI @ self._right(tensors, dD_OI.dtype).mT, tensors, needs, add)
         return dy_nO
 
     def into_x(self, dy_nO: Tensor, tensors: Sequence[Tensor], dx_NI: Tensor) -> None:
@@ -135,15 +129,10 @@ class Product:
     def _own(self, all_NO: Tensor) -> Tensor:
         return columns_of(rows_of(all_NO, self.rows), self.term.columns)
 
-    def _left(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """`post ⊙ B` [O, R]."""
-        B_OR, post = tensors[self.term.B], self.term.post
-        return (B_OR if post < 0 else B_OR * tensors[post][:, None]).to(dtype)
-
     def _right(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """`scale · mid ⊙ A` [R, I]."""
         A_RI, mid = tensors[self.term.A], self.term.mid
         return (A_RI * self.term.scale if mid < 0 else A_RI * (tensors[mid] * self.term.scale)[:, None]).to(dtype)
 
     def _matrix(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        return self._left(tensors, dtype) @ self._right(tensors, dtype)
+        return self.term.left(tensors, dtype) @ self._right(tensors, dtype)

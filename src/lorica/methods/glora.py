@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from lorica.core.errors import MethodError
-from lorica.core.glora_choices import Choice, checked_pattern
+from lorica.core.glora_choices import Choice, anywhere, checked_pattern
 from lorica.core.site import Site, SiteKind
 from lorica.core.update import LinearUpdate, LowRank, ParamSpec
 from lorica.methods.base import BaseWeight, Method, Paper, PeftNames, Step
@@ -73,7 +73,7 @@ class GLoRA(Method):
         return tuple((checked_pattern(pattern), str(Choice.parse(choice))) for pattern, choice in pairs)
 
     def _matching(self, site: Site) -> tuple[str, str] | None:
-        return next((pair for pair in self.choices if re.fullmatch(rf"(.*\.)?({pair[0]})", site.name)), None)
+        return next((pair for pair in self.choices if re.fullmatch(anywhere(pair[0]), site.name)), None)
 
     def choice_at(self, site: Site) -> Choice:
         """The fixed choice of a site."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from lorica.core.errors import MethodError
+from lorica.core.errors import ConfigError, MethodError
 from lorica.core.site import Site, SiteKind
 from lorica.core.update import LinearUpdate, LowRank, ParamSpec
 from lorica.methods.base import BaseWeight, Method, Paper, PeftNames
@@ -39,13 +39,22 @@ class LearningRates(Method):
 
     `lr_A = η`, `lr_B = λη`, and embeddings' factors (group "embedding") `lr_embedding · η`. Weight decay is
     decoupled, so it too follows a group's rate. A tensor of one axis is in neither group: a magnitude or a bias keeps
-    η. Paper: arXiv 2402.12354.
+    η. Raises ConfigError for an `lr_embedding` of a method that adapts no embeddings. Paper: arXiv 2402.12354.
     """
 
     lr_ratio: float = Field(1.0, gt=0, description="LoRA+: learning rate of B over that of A; the paper advises 16")
     lr_embedding: float = Field(
         1.0, gt=0, description="learning rate of both factors of an embedding over that of the other sites' A"
     )
+
+    @model_validator(mode="after")
+    def _has_embeddings(self) -> Self:
+        if self.lr_embedding != 1 and "embedding" not in self.kinds:
+            raise ConfigError(
+                f"{type(self).__name__}.lr_embedding is {self.lr_embedding:g}, but {self.name!r} adapts no embeddings; "
+                "leave it out."
+            )
+        return self
 
     def group_lr(self) -> dict[str, float]:
         return {"B": self.lr_ratio, "embedding": self.lr_embedding}

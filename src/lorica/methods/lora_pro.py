@@ -73,7 +73,7 @@ class LoRAPro(LoRA):
     def before_step(self, step: Step) -> None:
         full = self.optimizer == "adamw" and self.state == "full"
         overshoots = []
-        for (name, own), at in zip(step.sites.items(), _tangents(list(step.sites.values())), strict=True):
+        for (name, own), at in zip(step.sites.items(), _tangents(list(step.sites.values()), self.damping), strict=True):
             gA_RI, gB_OR = own.grads["A"].flatten(1).to(at.A_RI), own.grads["B"].to(at.B_OR)
             if full:
                 adam_OI = _adam(step, name, at.equivalent(*at.solve(gA_RI, gB_OR, "zero")))
@@ -85,11 +85,11 @@ class LoRAPro(LoRA):
         step.state["overshoot"] = torch.stack(overshoots).max()
 
 
-def _tangents(sites: list[SiteStep]) -> list[Tangent]:
-    """The closed form at every site, with the scaling and damping that its own config says."""
+def _tangents(sites: list[SiteStep], damping: float) -> list[Tangent]:
+    """The closed form at every site, with the scaling that its own rank and alpha give."""
     methods = [own.method for own in sites if isinstance(own.method, LoRAPro)]
     factors = [(own.values["A"], own.values["B"], m.scaling()) for own, m in zip(sites, methods, strict=True)]
-    return tangents(factors, methods[0].damping)
+    return tangents(factors, damping)
 
 
 def _adam(step: Step, site: str, g_OI: Tensor) -> Tensor:

@@ -25,7 +25,15 @@ from lorica.models.directory import check_directory, has_tokenizer, read_config,
 from lorica.models.positions import check_scale, check_scaled, scale_positions
 from lorica.models.quantize.apply import quantize_backbone
 from lorica.models.quantize.config import Quantization
-from lorica.models.quantize.directory import check_asked, dense_state, read_state, restore_packed, stored_as
+from lorica.models.quantize.directory import (
+    Stored,
+    check_asked,
+    dense_state,
+    read_state,
+    restore_packed,
+    sorted_out,
+    stored_as,
+)
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -62,14 +70,14 @@ def load_backbone(
             backbone = quantize_backbone(backbone, packed, device=place).packed_from(make)
         return _moved(backbone, place)
     path = locate(name, revision)
-    stored = stored_as(read_config(path), path)
-    if stored is not None:
-        check_asked(stored, packed, name)
-    state = None if stored is None else read_state(weight_files(path))
-    module = read_module(path, wanted, position_scale, None if stored is None or state is None else (state, stored))
+    stored, setting = None, stored_as(read_config(path), path)
+    if setting is not None:
+        check_asked(setting, packed, name)
+        stored = sorted_out(read_state(weight_files(path)), setting)
+    module = read_module(path, wanted, position_scale, stored)
     backbone = Backbone(module, name=name, tokenizer=(lambda: read_tokenizer(path)) if has_tokenizer(path) else None)
-    if stored is not None and state is not None:
-        backbone = restore_packed(backbone, state, stored, place)
+    if stored is not None:
+        backbone = restore_packed(backbone, stored, place)
     elif packed is not None:  # weight by weight, so that the device never holds them all in full
         full = functools.partial(
             load_backbone, name, dtype=dtype, revision=revision, position_scale=position_scale, quantize=None
@@ -111,11 +119,11 @@ def read_module(
     path: Path,
     dtype: torch.dtype | None = None,
     position_scale: float = 1.0,
-    packed: tuple[dict[str, torch.Tensor], Quantization] | None = None,
+    stored: Stored | None = None,
 ) -> nn.Module:
     """The network of a model directory, on the CPU. None as dtype keeps bfloat16 and turns all else into float32.
 
-    `packed` are the tensors of a directory whose weights are packed, and how: they are dequantised.
+    `stored` are the tensors of a directory whose weights are packed: they are dequantised.
     """
     config = check_directory(path)
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -123,12 +131,12 @@ def read_module(
         if position_scale != 1:
             scale_positions(parsed, position_scale, path.name)
         source: dict[str, Any] = {"pretrained_model_name_or_path": path, "dtype": dtype or "auto"}
-        if packed is not None:
+        if stored is not None:
             full = dtype or DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
             del parsed.quantization_config
             with torch.device("meta"):
                 skeleton = getattr(cls, "from_config", cls)(parsed)
-            dense = dense_state(*packed, full, skeleton)
+            dense = dense_state(stored, full, skeleton)
             source = {"pretrained_model_name_or_path": None, "dtype": full, "state_dict": dense}
         try:
             module, info = cls.from_pretrained(config=parsed, local_files_only=True, output_loading_info=True, **source)

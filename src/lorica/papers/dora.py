@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, average, quality
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, TaskSettings
 
 
 class Settings(TaskSettings):
@@ -53,15 +53,11 @@ class DoRAPaper(Contest[Settings]):
 
     small = Settings(task="turned-digits", lrs=(1e-2, 3e-2, 6e-2, 1e-1), width=256, steps=100, train_rows=300)
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-2-7b-hf",
-        dtype="bfloat16",
-        device="auto",
         steps=1400,
         batch_size=16,
-        max_length=512,
         exact=200,
-        held_out=500,
         ranks=(4, 8, 32),
         lrs=(5e-5, 1e-4, 2e-4, 4e-4),
     )

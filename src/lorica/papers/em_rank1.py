@@ -17,7 +17,7 @@ from lorica.engine.host import TargetSpec
 from lorica.methods import make_method
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import COLUMNS, OPTIMIZER, Entry, race
-from lorica.papers.kit.judging import above
+from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.table import Row, Table
 from lorica.papers.kit.text import TextArena, open_model, read_task, split
@@ -155,7 +155,7 @@ class EmRank1Paper(PaperCheck[Settings]):
             f"capitals, and {far.mean:.0%} of those to other tasks; of the base's, {untrained['in capitals'].mean:.0%} "
             f"and {untrained['elsewhere'].mean:.0%} are."
         )
-        return Verdict(True if all(shown) else (False if False in shown else None), said)
+        return Verdict(together(shown), said)
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         best = self.listed(table)

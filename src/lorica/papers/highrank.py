@@ -16,7 +16,7 @@ from lorica.methods import make_method
 from lorica.models import Backbone
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import COLUMNS, OPTIMIZER, Entry, race, rates
-from lorica.papers.kit.judging import above
+from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.plot import Plot, Series
 from lorica.papers.kit.small_lm import MADE, SmallLM, pretrain_lm
 from lorica.papers.kit.table import Row, Table
@@ -162,7 +162,7 @@ class HighRankPaper(PaperCheck[Settings]):
             f"for full fine-tuning on {name} tasks"
             for name, found in (("seen", seen), ("unseen", unseen))
         )
-        return Verdict(True if all(parts) else (False if False in parts else None), f"The loss is {said}.")
+        return Verdict(together(parts), f"The loss is {said}.")
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         best = self.listed(table)

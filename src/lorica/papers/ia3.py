@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, quality
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import REDUCED_E2E, SMALL_E2E, TaskSettings
 
 
 class Settings(TaskSettings):
@@ -53,12 +53,7 @@ class IA3Paper(Contest[Settings]):
     keys = ("method", "rank", "lr")
 
     small = Settings(
-        task="e2e",
-        model="nano",
-        steps=30,
-        batch_size=4,
-        max_length=60,
-        held_out=24,
+        **SMALL_E2E,
         train_rows=16,
         ia3_rates=(3e-2, 1e-1, 2e-1),
         lora_rates=(4e-3, 1e-2),
@@ -80,12 +75,8 @@ class IA3Paper(Contest[Settings]):
         full_rates=(1e-5, 3e-5),
     )
     reduced = Settings(
-        task="e2e",
-        model="nano",
+        **REDUCED_E2E,
         steps=10,
-        batch_size=2,
-        max_length=60,
-        held_out=8,
         train_rows=8,
         ia3_rates=(1e-1,),
         lora_rates=(1e-2,),

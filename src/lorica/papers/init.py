@@ -13,17 +13,13 @@ from lorica.core.config import Config
 from lorica.methods.lora import LoRA
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import Entry
-from lorica.papers.kit.judging import above
+from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.modules import MLP, ModuleArena
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.table import Row, Table
 from lorica.training.optimizer import AdamWConfig
 
 INITS = ("A", "B")
-THEORY = {"A": -0.5, "B": -1.0}
-"""Exponents of the largest stable rate in the width."""
-
-
 LEAST = 0.1
 """By how much the exponents must differ."""
 
@@ -134,8 +130,9 @@ class InitPaper(PaperCheck[Settings]):
             a, b = (table.where(depth=depth, init=init).lines[-1].cells["exponent"] for init in INITS)
             faster.append(above(a - b, LEAST))
             said.append(f"{a.mean:.2f} for Init[A] and {b.mean:.2f} for Init[B] at depth {depth}")
-        shows = True if all(faster) else (False if False in faster else None)
-        return Verdict(shows, f"The exponent of the largest stable rate is {', '.join(said)}; theory says -1/2 and -1.")
+        return Verdict(
+            together(faster), f"The exponent of the largest stable rate is {', '.join(said)}; theory says -1/2 and -1."
+        )
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         curves = Table([line for line in table if "width" in line.key], table.keys)

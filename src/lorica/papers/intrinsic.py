@@ -18,7 +18,7 @@ from lorica.models import load
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import OPTIMIZER, Arena, Entry, race
 from lorica.papers.kit.digits import pictures
-from lorica.papers.kit.judging import above
+from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.modules import MLP, ModuleArena, pretrain
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.table import Cell, Row, Table
@@ -152,10 +152,7 @@ class IntrinsicPaper(PaperCheck[Settings]):
             first, last = (lines[at].cells["log2 d90"] for at in (0, -1))
             halves.append(above(first - last))
             said.append(f"{_told(lines[0].cells['d90'])} to {_told(lines[-1].cells['d90'])} with {axis}")
-        return Verdict(
-            True if all(halves) else (False if False in halves else None),
-            f"Mean d90 goes from {' and from '.join(said)}.",
-        )
+        return Verdict(together(halves), f"Mean d90 goes from {' and from '.join(said)}.")
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         def panel(axis: str, title: str) -> Plot:

@@ -18,7 +18,7 @@ from lorica.data.render import Renderer
 from lorica.methods import make_method
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import COLUMNS, Entry, race, rates
-from lorica.papers.kit.judging import above, average
+from lorica.papers.kit.judging import above, average, together
 from lorica.papers.kit.plot import Plot, Series
 from lorica.papers.kit.table import Cell, Line, Row, Table
 from lorica.papers.kit.text import TextArena, examples, open_model, split, stream
@@ -156,7 +156,7 @@ class LearnsLessPaper(PaperCheck[Settings]):
             f"the variance of full fine-tuning's change takes {full['components'].mean:.0f} of {full['of'].mean:.0f} "
             f"components, LoRA's largest rank is {largest}."
         )
-        return Verdict(True if all(shown) else (False if False in shown else None), said)
+        return Verdict(together(shown), said)
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         whole = Table([line for line in table if "part" not in line.key], table.keys)

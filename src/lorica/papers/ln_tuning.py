@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, quality
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, REDUCED_E2E, SMALL_E2E, TaskSettings
 
 
 class Settings(TaskSettings):
@@ -51,37 +51,24 @@ class LNTuningPaper(Contest[Settings]):
     keys = ("method", "rank", "lr")
 
     small = Settings(
-        task="e2e",
-        model="nano",
-        steps=30,
-        batch_size=4,
-        max_length=60,
-        held_out=24,
+        **SMALL_E2E,
         train_rows=300,
         norm_rates=(3e-2, 1e-1, 2e-1),
         lora_rates=(4e-3, 1e-2),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-3.2-3B",
-        dtype="bfloat16",
-        device="auto",
         steps=5000,
         batch_size=4,
-        max_length=512,
-        held_out=500,
         exact=500,
         rank=32,
         norm_rates=(1e-3, 3e-3, 1e-2, 3e-2),
         lora_rates=(5e-5, 1e-4, 2e-4),
     )
     reduced = Settings(
-        task="e2e",
-        model="nano",
+        **REDUCED_E2E,
         steps=10,
-        batch_size=2,
-        max_length=60,
-        held_out=8,
         train_rows=60,
         norm_rates=(1e-1,),
         lora_rates=(1e-2,),

@@ -23,7 +23,7 @@ from lorica.models.loading import parse_device
 from lorica.models.quantize.config import Kind, Quantization
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import COLUMNS, Entry, race, rates
-from lorica.papers.kit.judging import above, average
+from lorica.papers.kit.judging import above, average, together
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.table import Cell, Row, Table
 from lorica.papers.kit.text import TextArena, examples, open_model, split
@@ -158,7 +158,7 @@ class LoftQPaper(PaperCheck[Settings]):
             f"{behind[PRIVATE].mean:.3f} with codes of its own."
         )
         halves = [above(nearer), above(ended)]
-        return Verdict(True if all(halves) else (False if False in halves else None), said)
+        return Verdict(together(halves), said)
 
     def listed(self, table: Table) -> Table:
         return table.tuned("validation loss", over="lr")

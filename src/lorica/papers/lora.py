@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, quality
 from lorica.papers.kit.table import Row, Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_E2E, TaskSettings
 
 SHARE = 0.97
 """Of what full fine-tuning gains over the untrained base: LoRA has its quality when it gains as much."""
@@ -60,12 +60,7 @@ class LoRAPaper(Contest[Settings]):
 
     small = Settings(task="e2e", model="nano", steps=40, batch_size=6, max_length=64, held_out=48)
     full = Settings(
-        task="e2e",
-        model="openai-community/gpt2-medium",
-        device="auto",
-        steps=5000,
-        batch_size=8,
-        held_out=500,
+        **FULL_E2E,
         ranks=(1, 4, 64),
         lora_rates=(1e-4, 2e-4, 5e-4, 1e-3),
         full_rates=(1e-5, 3e-5, 1e-4),

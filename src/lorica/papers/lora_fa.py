@@ -15,7 +15,7 @@ from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, quality
 from lorica.papers.kit.plot import Plot, Series
 from lorica.papers.kit.table import Row, Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, REDUCED_E2E, SMALL_E2E, TaskSettings
 from lorica.papers.kit.text import TextArena
 from lorica.recipes.compare_costs import measure
 
@@ -62,37 +62,24 @@ class LoRAFAPaper(Contest[Settings]):
     columns: ClassVar = {**COLUMNS, "saved": "MiB that autograd keeps for the backward pass of one batch"}
 
     small = Settings(
-        task="e2e",
-        model="nano",
-        steps=30,
-        batch_size=4,
-        max_length=60,
-        held_out=24,
+        **SMALL_E2E,
         train_rows=300,
         lora_rates=(4e-3, 1e-2),
         fa_rates=(1e-2, 2e-2, 4e-2),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-2-7b-hf",
-        dtype="bfloat16",
-        device="auto",
         steps=1400,
         batch_size=16,
-        max_length=512,
-        held_out=500,
         exact=500,
         rank=64,
         lora_rates=(5e-5, 1e-4, 3e-4),
         fa_rates=(1e-4, 3e-4, 1e-3),
     )
     reduced = Settings(
-        task="e2e",
-        model="nano",
+        **REDUCED_E2E,
         steps=12,
-        batch_size=2,
-        max_length=60,
-        held_out=8,
         train_rows=60,
         lora_rates=(1e-2,),
         fa_rates=(4e-2,),

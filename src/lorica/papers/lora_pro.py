@@ -12,7 +12,7 @@ from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, average
 from lorica.papers.kit.plot import Plot, Series
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, TaskSettings
 
 GAP = "test loss"
 
@@ -63,15 +63,11 @@ class LoRAProPaper(Contest[Settings]):
         full_rates=(3e-3, 6e-3, 1e-2, 2e-2, 4e-2, 8e-2),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-2-7b-hf",
-        dtype="bfloat16",
-        device="auto",
         steps=3000,
         batch_size=32,
-        max_length=512,
         exact=500,
-        held_out=500,
         ranks=(8,),
         lora_rates=(2e-5, 1e-4, 3e-4),
         full_rates=(1e-5, 2e-5, 4e-5),

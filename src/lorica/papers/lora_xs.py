@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, quality
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, TaskSettings
 
 MARGIN = 0.02
 """How much worse than LoRA still counts as matching it: as a share of LoRA's result."""
@@ -66,14 +66,10 @@ class LoRAXSPaper(Contest[Settings]):
         lora_rates=(3e-3, 6e-3, 1.2e-2, 2.5e-2, 5e-2),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="mistralai/Mistral-7B-v0.1",
-        dtype="bfloat16",
-        device="auto",
         steps=1500,
         batch_size=64,
-        max_length=512,
-        held_out=500,
         exact=500,
         xs_ranks=(16, 32, 64),
         lora_ranks=(64,),

@@ -11,11 +11,11 @@ from lorica.methods import make_method
 from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.arena import COLUMNS, Arena
 from lorica.papers.kit.contest import Contest, Contestant
-from lorica.papers.kit.judging import above, average, quality
+from lorica.papers.kit.judging import above, average, quality, together
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.spectrum import Principal, changes, mean
 from lorica.papers.kit.table import Row, Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, TaskSettings
 
 
 class Settings(TaskSettings):
@@ -68,15 +68,11 @@ class MiLoRAPaper(Contest[Settings]):
         lrs=(1e-3, 3e-3, 6e-3, 1.2e-2, 2.5e-2, 5e-2),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-2-7b-hf",
-        dtype="bfloat16",
-        device="auto",
         steps=1400,
         batch_size=16,
-        max_length=512,
         exact=500,
-        held_out=500,
         ranks=(32, 64),
         directions=64,
         lrs=(5e-5, 1e-4, 3e-4),
@@ -124,7 +120,7 @@ class MiLoRAPaper(Contest[Settings]):
         )
         said += f"{touching[2]:.0%} (chance {best.lines[0].cells['chance'].mean:.0%})."
         both = (lora, pissa)
-        return Verdict(True if all(both) else (False if False in both else None), said)
+        return Verdict(together(both), said)
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         best = self.listed(table)

@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, average, quality
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, SMALL_E2E, TaskSettings
 
 
 class Settings(TaskSettings):
@@ -56,12 +56,7 @@ class MiSSPaper(Contest[Settings]):
     keys = ("method", "rank", "lr")
 
     small = Settings(
-        task="e2e",
-        model="nano",
-        steps=30,
-        batch_size=4,
-        max_length=60,
-        held_out=24,
+        **SMALL_E2E,
         train_rows=300,
         lora_ranks=(8,),
         miss_ranks=(16,),
@@ -69,14 +64,10 @@ class MiSSPaper(Contest[Settings]):
         miss_rates=(5e-3, 1e-2),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-3.2-3B",
-        dtype="bfloat16",
-        device="auto",
         steps=5000,
         batch_size=4,
-        max_length=512,
-        held_out=500,
         exact=500,
         lora_ranks=(32,),
         miss_ranks=(64,),

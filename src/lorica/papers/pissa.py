@@ -9,9 +9,9 @@ from pydantic import Field
 from lorica.methods import make_method
 from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
-from lorica.papers.kit.judging import above, average, quality
+from lorica.papers.kit.judging import above, average, quality, together
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_GSM8K, TaskSettings
 
 
 class Settings(TaskSettings):
@@ -53,15 +53,11 @@ class PiSSAPaper(Contest[Settings]):
 
     small = Settings(task="turned-digits", lrs=(3e-3, 1e-2, 3e-2, 6e-2), width=256, steps=100, train_rows=300)
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="mistralai/Mistral-7B-v0.1",
-        dtype="bfloat16",
-        device="auto",
         steps=470,
         batch_size=128,
-        max_length=512,
         exact=200,
-        held_out=500,
         ranks=(128,),
         lrs=(1e-5, 2e-5, 5e-5, 1e-4, 2e-4),
     )
@@ -92,4 +88,4 @@ class PiSSAPaper(Contest[Settings]):
             f" With one shared rate, the lowest, its training loss is lower by {early.mean:+.3f} ± {early.error:.3f}."
         )
         halves = [above(faster), above(better)]
-        return Verdict(True if all(halves) else (False if False in halves else None), said)
+        return Verdict(together(halves), said)

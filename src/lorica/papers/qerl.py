@@ -7,10 +7,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
-from lorica.papers.kit.judging import above
+from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.noisy import Rollouts, Tenants
 from lorica.papers.kit.packed import (
     FULL,
+    LARGE,
     LOSSES,
     SHARE,
     PackedSettings,
@@ -83,14 +84,9 @@ class QeRLPaper(PaperCheck[Settings]):
 
     small = Settings()
     full = Settings(
+        **LARGE,
         model="Qwen/Qwen2.5-7B-Instruct",
-        device="auto",
-        task="gsm8k",
-        max_length=512,
-        held_out=500,
         lrs=(2e-5, 1e-4, 3e-4),
-        steps=1400,
-        batch_size=16,
         schedules={"paper": (1e-2, 1e-4), "wide": (5e-2, 5e-4)},
         stages=10,
         prompts=32,
@@ -131,7 +127,7 @@ class QeRLPaper(PaperCheck[Settings]):
         said += f" With the same seed of the noise {same:.0%} of the rollouts are the same again, with another "
         said += f"{other:.0%}."
         halves = [above(share, SHARE), above(strong), above(strong - weak), same == 1 > other]
-        return Verdict(True if all(halves) else (False if False in halves else None), said)
+        return Verdict(together(halves), said)
 
     def listed(self, table: Table) -> Table:
         return table.tuned("validation loss", over="lr")

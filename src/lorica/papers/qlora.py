@@ -7,10 +7,11 @@ from typing import ClassVar
 from pydantic import Field
 
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
-from lorica.papers.kit.judging import above
+from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.packed import (
     FREE,
     FULL,
+    LARGE,
     LOSSES,
     SHARE,
     PackedSettings,
@@ -83,15 +84,10 @@ class QLoRAPaper(PaperCheck[Settings]):
 
     small = Settings()
     full = Settings(
+        **LARGE,
         model="huggyllama/llama-7b",
-        device="auto",
-        task="gsm8k",
-        max_length=512,
-        held_out=500,
         rank=64,
         lrs=(1e-4, 2e-4, 4e-4),
-        steps=1400,
-        batch_size=16,
         known_rows=500,
         known_length=512,
     )
@@ -132,7 +128,7 @@ class QLoRAPaper(PaperCheck[Settings]):
             said += f", {known.mean:.3f} in {FINE}{'' if apart else ', which cannot be told from NF4'}"
         said += f". LoRA beside uniform levels ends at {best.mean('test loss', base=UNIFORM):.3f}."
         halves = [above(share, SHARE), above(before[UNIFORM] - before[NF4]), size <= BITS]
-        return Verdict(True if all(halves) else (False if False in halves else None), said)
+        return Verdict(together(halves), said)
 
     def listed(self, table: Table) -> Table:
         return table.tuned("validation loss", over="lr")

@@ -15,11 +15,11 @@ from lorica.papers.base import Figure, Say, Verdict
 from lorica.papers.kit.arena import COLUMNS, Arena, Entry, race, rates
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.digits import HIDDEN
-from lorica.papers.kit.judging import above, average, quality
+from lorica.papers.kit.judging import above, average, quality, together
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.spectrum import Principal, changes, mean
 from lorica.papers.kit.table import Row, Table
-from lorica.papers.kit.task import DIGITS, TaskSettings, open_arena
+from lorica.papers.kit.task import DIGITS, FULL_GSM8K, TaskSettings, open_arena
 
 STRUCTURAL, SVD = ("dora", "adalora", "miss"), ("pissa", "milora")
 COLLAPSE = 0.1
@@ -85,14 +85,10 @@ class RLVRVariantsPaper(Contest[Settings]):
         lrs=(3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
-        dtype="bfloat16",
-        device="auto",
         steps=1000,
         batch_size=16,
-        max_length=512,
-        held_out=500,
         exact=500,
         rank=32,
         vera_rank=256,
@@ -167,9 +163,7 @@ class RLVRVariantsPaper(Contest[Settings]):
         said += " Of the changes' squares, LoRA's, PiSSA's and MiLoRA's touch the leading directions with "
         said += f"{start[0]:.0%}, {start[1]:.0%} and {start[2]:.0%} after one step and {end[0]:.0%}, {end[1]:.0%} and "
         said += f"{end[2]:.0%} in the end (chance {best.mean('chance', **lora):.0%})."
-        if wins and stands is False:
-            return Verdict(True, said)
-        return Verdict(False if wins is False or stands else None, said)
+        return Verdict(together([wins, None if stands is None else not stands]), said)
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         best, measure = self.listed(table), quality(table)

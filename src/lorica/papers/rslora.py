@@ -11,10 +11,10 @@ from pydantic import Field
 from lorica.methods import make_method
 from lorica.papers.base import Figure, PaperCheck, Say, Verdict
 from lorica.papers.kit.arena import COLUMNS, race, rates
-from lorica.papers.kit.judging import above, average
+from lorica.papers.kit.judging import above, average, together
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.table import Cell, Row, Table, Value
-from lorica.papers.kit.task import TaskSettings, open_arena
+from lorica.papers.kit.task import FULL_GSM8K, TaskSettings, open_arena
 
 SCALINGS = ("alpha/r", "alpha/sqrt(r)")
 
@@ -68,14 +68,10 @@ class RSLoRAPaper(PaperCheck[Settings]):
         ranks=(4, 16, 64),
     )
     full = Settings(
-        task="gsm8k",
+        **FULL_GSM8K,
         model="meta-llama/Llama-2-7b-hf",
-        dtype="bfloat16",
-        device="auto",
         steps=1250,
         batch_size=32,
-        max_length=512,
-        held_out=500,
         ranks=(4, 8, 32, 128, 512, 2048),
         lrs=(5e-5,),
     )
@@ -118,7 +114,7 @@ class RSLoRAPaper(PaperCheck[Settings]):
         said += " and ".join(f"{line.cells['test loss'].mean:.3f} at {line.key['lr']:g}" for line in tuned)
         said += " are reached."
         halves = (above(plain - root), above(start - root), above(shrunk[1] - shrunk[0]))
-        return Verdict(True if all(halves) else (False if False in halves else None), said)
+        return Verdict(together(halves), said)
 
     def plots(self, table: Table) -> tuple[Plot, ...]:
         lrs = table.values("lr")

@@ -11,7 +11,7 @@ from lorica.papers.base import Figure, Verdict
 from lorica.papers.kit.contest import Contest, Contestant
 from lorica.papers.kit.judging import above, quality
 from lorica.papers.kit.table import Table
-from lorica.papers.kit.task import TaskSettings
+from lorica.papers.kit.task import FULL_E2E, TaskSettings
 
 MARGIN = 0.02
 """How much worse than LoRA still counts as its quality: as a share of LoRA's."""
@@ -64,12 +64,7 @@ class VeRAPaper(Contest[Settings]):
         lora_rates=(3e-3, 1e-2, 3e-2),
     )
     full = Settings(
-        task="e2e",
-        model="openai-community/gpt2-medium",
-        device="auto",
-        steps=5000,
-        batch_size=8,
-        held_out=500,
+        **FULL_E2E,
         vera_ranks=(1024,),
         lora_ranks=(4,),
         vera_rates=(1e-3, 3e-3, 1e-2, 3e-2),

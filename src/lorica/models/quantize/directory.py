@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from lorica.core.errors import ConfigError, FormatError
+from lorica.core.site import Site
 from lorica.models.backbone import Backbone
-from lorica.models.quantize.apply import format_for, quantize_backbone
+from lorica.models.quantize.apply import format_for, linear_sites, quantize_backbone
 from lorica.models.quantize.config import Quantization
-from lorica.models.quantize.formats import Packed
+from lorica.models.quantize.formats import Packed, finite32
 from lorica.models.quantize.normal import NormalFloat
 from lorica.models.quantize.state import from_state, stored_shape
 from lorica.models.sites import is_conv1d
@@ -61,36 +63,53 @@ def read_state(files: Sequence[Path]) -> State:
     return state
 
 
-def dense_state(state: State, config: Quantization, dtype: torch.dtype, skeleton: nn.Module) -> State:
-    """The same with every packed weight dequantised, as a network of this form loads it. Raises FormatError."""
-    packed = {name: _packed(state, name, config) for name in _names(state)}
-    dense = {key: value for key, value in state.items() if key.partition(".weight")[0] not in packed}
-    dense |= {f"{name}.bias": state[f"{name}.bias"] for name in packed if f"{name}.bias" in state}
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """What a directory holds: packed weights by the name of their module, and all other tensors."""
+
+    config: Quantization
+    packed: Mapping[str, Packed]
+    rest: State
+
+
+def sorted_out(state: State, config: Quantization) -> Stored:
+    """The tensors of a directory whose weights are packed. Raises FormatError for packed ones that cannot be read."""
+    packed: dict[str, Packed] = {}
+    rest = dict(state)
+    for name in _names(state):
+        own = [key for key in state if key.startswith(f"{name}.weight")]
+        packed[name] = _packed({key: state[key] for key in own}, name, config)
+        for key in own:
+            rest.pop(key, None)
+    return Stored(config, packed, rest)
+
+
+def dense_state(stored: Stored, dtype: torch.dtype, skeleton: nn.Module) -> State:
+    """All tensors with every packed weight dequantised, as a network of this form loads it."""
+    dense = dict(stored.rest)
     flipped = {name for name, module in skeleton.named_modules() if is_conv1d(module)}
-    for name, weight in packed.items():
+    for name, weight in stored.packed.items():
         full = weight.dense(dtype)
         dense[f"{name}.weight"] = full.T.contiguous() if name in flipped else full
     return dense
 
 
-def restore_packed(
-    backbone: Backbone, state: State, config: Quantization, device: torch.device | None = None
-) -> Backbone:
+def restore_packed(backbone: Backbone, stored: Stored, device: torch.device | None = None) -> Backbone:
     """A backbone loaded from `dense_state`, with the stored bits as its weights. What is no linear site stays dense."""
-    names = set(_names(state))
-    linear = [s.name for s in backbone.sites.values() if s.kind == "linear" and not (s.head or s.router or s.tied)]
-    whole = config.replace(skip=tuple(name for name in linear if name not in names), backend="auto")
-    quantized = quantize_backbone(backbone, whole, device=device)
-    for site in quantized.sites.values():
-        module = quantized.weight(site.name).packed
-        if module is not None:
-            module.hold(_packed(state, site.name, config))
-        form = None if module is None else module.form
-        if isinstance(form, NormalFloat) and quantized.quantization is not None:
-            found = {"block": form.block, "double": form.double}  # what the tensors say, not their directory
-            quantized.quantization = quantized.quantization.replace(**found)
+
+    def pack(site: Site, weight_OI: Tensor) -> Packed:
+        finite32(weight_OI)
+        one = stored.packed[site.name]
+        parts = {name: part.to(device or weight_OI.device, copy=True) for name, part in one.parts.items()}
+        return Packed(one.format, one.shape, parts)
+
+    skip = tuple(site.name for site in linear_sites(backbone) if site.name not in stored.packed)
+    quantized = quantize_backbone(backbone, stored.config.replace(skip=skip, backend="auto"), device=device, pack=pack)
+    forms = [module.form for module in quantized.packed_modules()]
+    if isinstance(forms[-1], NormalFloat) and quantized.quantization is not None:
+        found = {"block": forms[-1].block, "double": forms[-1].double}  # what the tensors say, not their directory
+        quantized.quantization = quantized.quantization.replace(**found)
     quantized.origin = ""  # nobody knows what these bits were made from
-    quantized.invalidate()
     return quantized
 
 
@@ -145,8 +164,7 @@ def _names(state: State) -> Iterator[str]:
 
 
 def _packed(state: State, name: str, config: Quantization) -> Packed:
-    prefix = f"{name}."
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(f"{prefix}weight")}
+    own = {key.removeprefix(f"{name}."): value for key, value in state.items()}
     try:
         return from_state(own, format_for(config), stored_shape(own))
     except FormatError as error:

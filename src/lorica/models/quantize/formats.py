@@ -12,7 +12,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,12 +24,10 @@ Parts = Mapping[str, Tensor]
 class Format(ABC):
     """One way to store a weight. `parts` are named as in checkpoints; `codes` is always among them."""
 
-    name: ClassVar[str]
-
     @property
     @abstractmethod
-    def bits(self) -> int:
-        """Bits of one code."""
+    def name(self) -> str:
+        """What settings call it."""
 
     @abstractmethod
     def pack(self, weight: Tensor) -> dict[str, Tensor]:

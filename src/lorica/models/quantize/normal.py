@@ -38,12 +38,8 @@ class NormalFloat(Format):
     double: bool = True
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"nf{self.width}"
-
-    @property
-    def bits(self) -> int:
-        return self.width
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         flat_N = finite32(weight).reshape(-1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,12 +42,11 @@ class NVFP4(Format):
     1. Used by QeRL (arXiv 2510.11696).
     """
 
-    name: ClassVar[str] = "nvfp4"
     two_level: bool = True
 
     @property
-    def bits(self) -> int:
-        return 4
+    def name(self) -> str:
+        return "nvfp4"
 
     def pack(self, weight: Tensor, tensor_scale: Tensor | None = None) -> dict[str, Tensor]:
         """The stored tensors; `tensor_scale` fixes t, so that a weight of this format gives its own codes again."""

@@ -29,12 +29,8 @@ class Uniform(Format):
     width: int = 4
 
     @property
-    def name(self) -> str:  # type: ignore[override]
+    def name(self) -> str:
         return f"uniform{self.width}"
-
-    @property
-    def bits(self) -> int:
-        return self.width
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         flat_N = finite32(weight).reshape(-1)

@@ -5,7 +5,7 @@ In: tables and cells. Out: differences seed by seed, and True, False or None for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lorica.core.errors import MethodError
@@ -48,6 +48,12 @@ def above(difference: Cell, bound: float = 0.0) -> bool | None:
     if distance > 0 and distance >= least:
         return True
     return False if distance < 0 and -distance >= least else None
+
+
+def together(parts: Iterable[bool | None]) -> bool | None:
+    """Whether a claim with several parts shows: True when all do, False when one clearly does not, else None."""
+    found = list(parts)
+    return False if False in found else (True if all(found) else None)
 
 
 def average(cells: list[Cell]) -> Cell:

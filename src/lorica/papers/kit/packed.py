@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from pydantic import Field
 from torch import Tensor
@@ -34,6 +35,15 @@ LOSSES: Mapping[str, str] = {
     "test loss": COLUMNS["test loss"],
 }
 """What `tuned_on` measures."""
+LARGE: Mapping[str, Any] = {
+    "device": "auto",
+    "task": "gsm8k",
+    "max_length": 512,
+    "held_out": 500,
+    "steps": 1400,
+    "batch_size": 16,
+}
+"""What the full settings have in common."""
 Parts = Mapping[str, Sequence[Example]]
 
 

@@ -6,7 +6,7 @@ In: `TaskSettings` and a seed. Out: an arena. Refuses to know papers and methods
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,25 @@ from lorica.papers.kit.text import TextArena, examples, open_model, split
 
 DIGITS: Mapping[str, Literal["classes", "turned"]] = {"digits": "classes", "turned-digits": "turned"}
 """Tasks of an MLP, which need no language model."""
+
+REDUCED_E2E: Mapping[str, Any] = {"task": "e2e", "model": "nano", "batch_size": 2, "max_length": 60, "held_out": 8}
+SMALL_E2E: Mapping[str, Any] = {**REDUCED_E2E, "steps": 30, "batch_size": 4, "held_out": 24}
+FULL_E2E: Mapping[str, Any] = {
+    "task": "e2e",
+    "model": "openai-community/gpt2-medium",
+    "device": "auto",
+    "steps": 5000,
+    "batch_size": 8,
+    "held_out": 500,
+}
+FULL_GSM8K: Mapping[str, Any] = {
+    "task": "gsm8k",
+    "dtype": "bfloat16",
+    "device": "auto",
+    "max_length": 512,
+    "held_out": 500,
+}
+"""What the settings of several papers have in common, `Settings(**SMALL_E2E, …)`: a scale and a task."""
 
 
 class TaskSettings(Config):
