@@ -6,6 +6,7 @@ of `sBA` is the projection of a full step. The full gradient is never needed. Re
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -16,6 +17,9 @@ from lorica.core.errors import ConfigError
 from lorica.core.tangent import Choice, Tangent, tangents
 from lorica.methods.base import Paper, SiteStep, Step
 from lorica.methods.lora import LoRA
+
+BLOCK = 2**18
+"""Elements of a weight's shape that go through Adam at a time on a CPU: four such arrays fit its cache."""
 
 
 class LoRAPro(LoRA):
@@ -76,8 +80,7 @@ class LoRAPro(LoRA):
         for (name, own), at in zip(step.sites.items(), _tangents(list(step.sites.values()), self.damping), strict=True):
             gA_RI, gB_OR = own.grads["A"].flatten(1).to(at.A_RI), own.grads["B"].to(at.B_OR)
             if full:
-                adam_OI = _adam(step, name, at.equivalent(*at.solve(gA_RI, gB_OR, "zero")))
-                gA_RI, gB_OR = at.s * at.B_OR.T @ adam_OI, at.s * adam_OI @ at.A_RI.T
+                gA_RI, gB_OR = _through_adam(step, name, at, *at.solve(gA_RI, gB_OR, "zero"))
             hA_RI, hB_OR = at.solve(gA_RI, gB_OR, self.x_choice)
             overshoots.append(step.lr * at.overshoot(gA_RI, gB_OR, hA_RI, hB_OR))
             own.grads["A"].copy_(hA_RI.view_as(own.grads["A"]))
@@ -92,14 +95,29 @@ def _tangents(sites: list[SiteStep], damping: float) -> list[Tangent]:
     return tangents(factors, damping)
 
 
-def _adam(step: Step, site: str, g_OI: Tensor) -> Tensor:
-    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, with its moments in the step's state; the first has size 1."""
-    first_name, second_name = f"{site}/exp_avg", f"{site}/exp_avg_sq"
-    if first_name not in step.state:
-        step.state.update({first_name: torch.zeros_like(g_OI), second_name: torch.zeros_like(g_OI)})
-    first, second = step.state[first_name], step.state[second_name]
-    first.lerp_(g_OI, 1 - step.betas[0])
-    second.mul_(step.betas[1]).addcmul_(g_OI, g_OI, value=1 - step.betas[1])
+def _through_adam(step: Step, site: str, at: Tangent, hA_RI: Tensor, hB_OR: Tensor) -> tuple[Tensor, Tensor]:
+    """`sBᵀD` and `sDAᵀ` of Adam's direction D [out, in] for g̃, by blocks of rows that stay in the cache."""
+    shape = len(at.B_OR), at.A_RI.shape[1]
+    names = f"{site}/exp_avg", f"{site}/exp_avg_sq"
+    for name in names:
+        if name not in step.state:
+            step.state[name] = at.A_RI.new_zeros(shape)
+    moments = [step.state[name] for name in names]
+    gA_RI, gB_OR = torch.zeros_like(at.A_RI), torch.empty_like(at.B_OR)
+    rows = max(1, BLOCK // shape[1]) if at.A_RI.device.type == "cpu" else shape[0]
+    for start in range(0, shape[0], rows):
+        own = slice(start, start + rows)
+        part = replace(at, B_OR=at.B_OR[own])
+        adam_OI = _adam(step, part.equivalent(hA_RI, hB_OR[own]), *(moment[own] for moment in moments))
+        gA_RI.addmm_(part.B_OR.T, adam_OI, alpha=at.s)
+        gB_OR[own] = at.s * adam_OI @ at.A_RI.T
+    return gA_RI, gB_OR
+
+
+def _adam(step: Step, g_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> Tensor:
+    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, whose moments move on; the first has size 1."""
+    first_OI.lerp_(g_OI, 1 - step.betas[0])
+    second_OI.mul_(step.betas[1]).addcmul_(g_OI, g_OI, value=1 - step.betas[1])
     one, two = (1 - beta ** (step.done + 1) for beta in step.betas)
-    root = (second / two).sqrt_().add_(step.eps)
-    return torch.div(first, root, out=root).div_(one)
+    root_OI = (second_OI / two).sqrt_().add_(step.eps)
+    return torch.div(first_OI, root_OI, out=root_OI).div_(one)
