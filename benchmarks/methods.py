@@ -26,7 +26,7 @@ from lorica.core.errors import LoricaError
 from lorica.core.update import LinearUpdate
 from lorica.data.example import Example
 from lorica.methods import all_methods
-from lorica.recipes.compare_costs import Saved
+from lorica.recipes.compare.costs import Saved
 
 MIXED = ("lora", "dora", "vera", "ia3", "pissa", "lora_fa", "miss", "norm")
 """The eight of the mixed batch, where they are measured; others take the places of those that are not."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lorica.recipes.compare_costs import seconds
+from lorica.recipes.compare.costs import seconds
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -18,7 +18,7 @@ from lorica.client.local import Service, TrainingClient
 from lorica.data.example import Example
 from lorica.methods import make_method
 from lorica.models.backbone import wrap
-from lorica.recipes.compare_costs import Saved
+from lorica.recipes.compare.costs import Saved
 from lorica.training.optimizer import AdamWConfig
 
 

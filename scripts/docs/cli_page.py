@@ -54,7 +54,8 @@ def _below(
     for name in command.list_commands(context):
         inner = command.get_command(context, name)
         assert inner is not None
-        yield from _below(f"{path} {name}", inner, click.Context(inner, info_name=name, parent=context))
+        own = click.Context(inner, info_name=name, parent=context, **inner.context_settings)
+        yield from _below(f"{path} {name}", inner, own)
 
 
 def section(path: str, command: click.Command, context: click.Context) -> str:

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 
+from lorica.adapters.analysis.directions_judge import JudgeThresholds
+from lorica.adapters.analysis.directions_probe import ProbeConfig
 from lorica.adapters.targets import KEYWORDS, Targets
 from lorica.core.config import Config
 from lorica.engine.settings import EngineSettings
 from lorica.methods import all_methods
+from lorica.recipes.compose.config import ComposeConfig, SoupsConfig
 from lorica.recipes.config import DataConfig, SFTConfig
 from lorica.recipes.configs import shipped
+from lorica.recipes.directions import DirectionSettings
 from lorica.sampling.params import SamplingParams
 from lorica.server.settings import Limits, Settings, Snapshots
 from lorica.training.optimizer import AdamWConfig
@@ -24,6 +28,11 @@ SECTIONS: tuple[tuple[str, type[Config]], ...] = (
     ("`optimizer`", AdamWConfig),
     ("`targets`", Targets),
     ("Sampling", SamplingParams),
+    ("`lorica compose`", ComposeConfig),
+    ("`lorica compose --how lora_soups`", SoupsConfig),
+    ("`lorica directions extract`", DirectionSettings),
+    ("A judge's thresholds", JudgeThresholds),
+    ("A probe", ProbeConfig),
     ("`lorica serve`", Settings),
     ("`limits`", Limits),
     ("`snapshots`", Snapshots),

@@ -26,8 +26,8 @@ from lorica.data.example import Example
 from lorica.methods import all_methods
 from lorica.models.loading import locate
 from lorica.recipes import quickstart, sft
-from lorica.recipes.compare_config import default_rate
-from lorica.recipes.compare_costs import step, step_time_over
+from lorica.recipes.compare.config import default_rate
+from lorica.recipes.compare.costs import step, step_time_over
 from lorica.recipes.config import SFTConfig
 from lorica.recipes.summary import what_is_trained
 from scripts.docs.measured import fill_pages, read_results, write_results

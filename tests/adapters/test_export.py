@@ -27,6 +27,7 @@ from tests.contract.cases import (
     attached,
     backbone,
     bits,
+    cases,
     close,
     inputs,
     output,
@@ -55,7 +56,7 @@ def linear_host(case: Case, dtype: torch.dtype = torch.float64) -> Host:
     return host
 
 
-@pytest.mark.parametrize("case", SHOWN, ids=str)
+@cases(SHOWN)
 def test_an_export_is_a_plain_lora_with_the_same_logits(case: Case) -> None:
     host = linear_host(case)
     before, given = snapshot(host.backbone), inputs(host)

@@ -18,7 +18,7 @@ from lorica.core.errors import MergeError
 from lorica.core.update import LinearUpdate
 from lorica.engine.host import Host, attach
 from lorica.methods import make_method
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from tests.contract.cases import (
     Case,
     add,
@@ -37,6 +37,7 @@ from tests.contract.cases import (
     snapshot,
     unchanged,
 )
+from tests.tiny import tiny
 
 LORA = make_method("lora", rank=2)
 

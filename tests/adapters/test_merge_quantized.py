@@ -11,13 +11,14 @@ from lorica.adapters.merge import Merge
 from lorica.adapters.save_merged import save_merged
 from lorica.core.errors import MergeError, MismatchError
 from lorica.engine.host import Host
-from lorica.models import load, tiny
+from lorica.models import load
 from lorica.models.quantize.apply import quantize_backbone
 from lorica.models.quantize.config import Quantization
 from lorica.models.quantize.functions import packed_as
 from tests.contract.cases import CASES as ALL
 from tests.contract.cases import METHODS, TINY, Case, add, close, holds_weights, inputs, output, perturb, small
 from tests.engine.test_quantized_batches import packed_bits
+from tests.tiny import tiny
 
 FOLDING = [n for n in METHODS if Case("llama", n) in ALL and holds_weights(small(n)) and "linear" in METHODS[n].kinds]
 SITE = "model.layers.0.self_attn.q_proj"

@@ -16,9 +16,10 @@ import transformers
 from lorica.adapters.save_merged import save_merged
 from lorica.core.errors import MethodError, StorageError
 from lorica.engine.host import Host
-from lorica.models import load, tiny
+from lorica.models import load
 from lorica.models.factory import example_inputs
 from tests.contract.cases import perturb, small
+from tests.tiny import tiny
 
 CLASSES: dict[str, Any] = {
     "bert": transformers.AutoModelForMaskedLM,

@@ -13,8 +13,8 @@ from lorica.adapters.targets import KEYWORDS, Targets, select
 from lorica.core.errors import ConfigError, LoricaError, MethodError, TargetError
 from lorica.core.site import Site
 from lorica.methods import all_methods, get_method, make_method
-from lorica.models import tiny
 from lorica.models.builtin import FAMILIES
+from tests.tiny import tiny
 
 LORA = make_method("lora", rank=4)
 SITES = tiny("llama", num_hidden_layers=12, hidden_size=16, intermediate_size=16, head_dim=4).sites
@@ -66,6 +66,18 @@ def test_a_range_of_layers_holds_both_ends(a: int, b: int) -> None:
     first, last = min(a, b), max(a, b)
     found = {SITES[n].layer for n in chosen({"include": "q_proj", "layers": f"{first}-{last}"})}
     assert found == set(range(first, last + 1))
+
+
+@pytest.mark.parametrize("number", [0, 3, 11])
+def test_a_single_layer_may_be_a_number_as_yaml_reads_it(number: int) -> None:
+    assert {SITES[n].layer for n in chosen({"include": "q_proj", "layers": number})} == {number}
+    assert Targets(layers=number) == Targets(layers=str(number))
+
+
+def test_layers_are_no_truth_value_and_no_fraction() -> None:
+    for wrong in (True, 1.5):
+        with pytest.raises(ConfigError, match="layers"):
+            Targets(layers=wrong)
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "3,,4", "1;2", "12", "0-12", "5-2"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,9 +72,15 @@ def refuse(run: Run) -> Callable[..., dict[str, Any]]:
 
 
 def lorica(*args: Any, cwd: Path, **options: Any) -> subprocess.Popen[str]:
-    """Start `lorica ARGS...` in a process of its own."""
+    """Start `lorica ARGS...` in a process of its own, which Ctrl-C reaches."""
     settings = {"env": ENV, "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-    return subprocess.Popen([sys.executable, "-m", "lorica.cli.main", *map(str, args)], cwd=cwd, text=True, **settings)
+    command = [sys.executable, "-m", "lorica.cli.main", *map(str, args)]
+    # in the background of a shell these tests ignore Ctrl-C, and whatever they start would inherit that
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=cwd, text=True, **settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

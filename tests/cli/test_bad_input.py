@@ -129,7 +129,7 @@ def test_an_adapter_that_is_not_finite_is_refused(refuse: Refuse, adapter: Path)
     error = refuse("sample", "--adapter", adapter, "--prompt", "a")
     assert error["code"] == "format"
     assert "finite" in error["message"]
-    assert "finite" in refuse("merge", "nano", adapter, "--out", "merged")["message"]
+    assert "finite" in refuse("merge", adapter, "--out", "merged")["message"]
     assert not Path("merged").exists()
     assert contents(adapter) == before
 
@@ -152,7 +152,7 @@ def test_an_adapter_for_another_base_is_refused(refuse: Refuse, adapter: Path, t
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     error = refuse("sample", "--model", other, "--adapter", adapter, "--prompt", "a")
     assert error["code"] == "mismatch"
-    error = refuse("merge", other, adapter, "--out", "merged")
+    error = refuse("merge", adapter, "--model", other, "--out", "merged")
     assert error["code"] == "mismatch"
     assert not Path("merged").exists()
 

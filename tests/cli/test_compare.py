@@ -9,11 +9,13 @@ from typing import Any
 
 from .conftest import Run
 
-SMALL = ("--steps", 2, "--batch-size", 2, "dtype=float32", "halvings=1", "answer_rows=2", "timing_pairs=1")
+SHORT = ("--steps", 2, "--batch-size", 2, "dtype=float32", "halvings=1", "answer_rows=2", "timing_pairs=1")
 
 
-def test_a_table_is_printed_and_files_are_written(run: Run, rows: Path) -> None:
-    result = run("compare", "--methods", "lora:rank=2:lr=0.01,bias", "--data", rows, "--out", "out", *SMALL)
+def test_a_table_is_printed_and_files_are_written(run: Run, rows: Path, small: str) -> None:
+    result = run(
+        "compare", "--model", small, "--methods", "lora:rank=2:lr=0.01,bias", "--data", rows, "--out", "out", *SHORT
+    )
     assert result.exit_code == 0, result.stderr
     for said in ("method", "(base)", "lora:rank=2:lr=0.01", "Not compared: bias.", "validation rows", "Done in"):
         assert said in result.stdout
@@ -21,11 +23,11 @@ def test_a_table_is_printed_and_files_are_written(run: Run, rows: Path) -> None:
     assert {path.name for path in Path("out").iterdir()} == {"results.json", "table.md", "plot.png"}
 
 
-def test_flags_are_fields_and_json_is_one_document(ask: Callable[..., Any], rows: Path) -> None:
+def test_flags_are_fields_and_json_is_one_document(ask: Callable[..., Any], rows: Path, small: str) -> None:
     found = ask(
         "compare", "--methods", "lora:rank=2,ia3:targets=k_proj", "--data", rows, "--validation", rows, "--test", rows,
-        "--lr-grid", "1e-3,1e-2", "--seeds", "3,4", "--targets", "q_proj,v_proj", "--together", 3, "--model", "nano",
-        "optimizer.schedule=linear", *SMALL,
+        "--lr-grid", "1e-3,1e-2", "--seeds", "3,4", "--targets", "q_proj,v_proj", "--together", 3, "--model", small,
+        "optimizer.schedule=linear", *SHORT,
     )  # fmt: skip
     config = found["config"]
     assert config["lr_grid"] == [0.001, 0.01] and config["seeds"] == [3, 4] and config["together"] == 3

@@ -32,10 +32,23 @@ def test_losses_and_components_of_every_adapter_stand_beside_the_bases(run, ask,
     words = ("forgetting", *folders, "--target", "target.jsonl", "--source", "source.jsonl", "--dtype", "float32")
     found = ask(*words)
     assert [row["method"] for row in found] == ["lora", "delta"]
-    assert all(row["gained"] == row["target_before"] - row["target_after"] for row in found)
+    assert all(row["gained"] == row["targets"][0]["before"] - row["targets"][0]["after"] for row in found)
     assert {site["role"] for site in found[0]["components"]} == {"v_proj"}
     said = run(*words).stdout
-    assert "(the base)" in said and "components for 90% of the change" in said and "1.0 of 128" in said
+    assert "the base" in said and "components for 90% of the change" in said and "1.0 of 128" in said
+
+
+def test_several_files_make_a_matrix_of_data_and_adapters(run, ask, folders):
+    Path("other.jsonl").write_text('{"text": "Red and blue."}\n')
+    words = ["forgetting", *folders, "--target", "target.jsonl", "--target", "other.jsonl"]
+    words += ["--source", "source.jsonl", "--dtype", "float32"]
+    found = ask(*words)
+    assert [[loss["data"] for loss in row["targets"]] for row in found] == [["target.jsonl", "other.jsonl"]] * 2
+    assert found[0]["gained"] == pytest.approx(-sum(loss["change"] for loss in found[0]["targets"]) / 2)
+    said = run(*words).stdout
+    for loss in found[1]["targets"]:
+        line = next(line for line in said.splitlines() if f"target {loss['data']}" in line)
+        assert f"{loss['before']:.4f}" in line and line.endswith(f"{loss['after']:.4f} ({loss['change']:+.4f})")
 
 
 def test_rows_that_are_cut_are_told(run, folders):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica.cli.output import duration, plain, size, table, wants_colour
+from lorica.cli.output import duration, size, table, wants_colour
+from lorica.core.jsonable import plain
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(Path("a/b")),

@@ -36,11 +36,11 @@ def test_train_sample_and_merge_on_packed_weights(ask: Ask, run: Run, refuse: As
     assert len(ask("sample", *packed, "--prompt", "hello", "--max-tokens", 3)["samples"]) == 1
     error = refuse("sample", "--model", "nano", "--adapter", adapter, "--prompt", "hello")
     assert error["code"] == "mismatch" and "trained beside nf4" in error["message"]
-    merged = ask("merge", "nano", adapter, "--quantize", "nf4", "--out", "packed")
+    merged = ask("merge", adapter, "--quantize", "nf4", "--out", "packed")
     assert len(merged["rounding"]) == merged["sites"] > 0
-    result = run("merge", "nano", adapter, "--quantize", "nf4", "--out", "packed")
+    result = run("merge", adapter, "--quantize", "nf4", "--out", "packed")
     assert "no exact merge" in result.stderr and "of the update" in result.stderr
-    full = ask("merge", "nano", adapter, "--full", "--out", "full")
+    full = ask("merge", adapter, "--full", "--out", "full")
     assert full["rounding"] == {} and full["dtype"] == "bfloat16"
     assert ask("models", "packed")["quantization"] == "nf4"
     assert ask("models", "packed")["weight_bytes"] < ask("models", "full")["weight_bytes"]

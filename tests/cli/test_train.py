@@ -79,7 +79,7 @@ def test_nothing_to_train_on_is_wrong_usage(run: Run, rows: Path) -> None:
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_prints_the_command_that_goes_on(run: Run, rows: Path, tmp_path: Path) -> None:
-    settings = ("--data", rows, "--batch-size", "4", "--steps", "40", "method.dropout=0.1", "save_every=100")
+    settings = ("--data", rows, "--batch-size", "4", "--steps", "14", "method.dropout=0.1", "save_every=100")
     process = lorica("train", *settings, "--out", "stopped dir", cwd=tmp_path)
     out = RunDir(tmp_path / "stopped dir")
     _wait_for_steps(process, out, 2)
@@ -97,14 +97,16 @@ def test_ctrl_c_leaves_a_checkpoint_and_prints_the_command_that_goes_on(run: Run
     assert one == two
 
 
-def test_without_colour_or_terminal_progress_is_plain_lines(run: Run, rows: Path) -> None:
-    result = run("train", "--data", rows, "--out", "out", "--steps", 40, "--batch-size", 1, env={"NO_COLOR": "1"})
+def test_without_colour_or_terminal_progress_is_plain_lines(run: Run, rows: Path, small: str) -> None:
+    settings = ("--model", small, "--steps", 40, "--batch-size", 1)
+    result = run("train", "--data", rows, "--out", "out", *settings, env={"NO_COLOR": "1"})
     lines = [line for line in result.stderr.split("\n") if line.startswith("step ")]
     assert 20 <= len(lines) <= 22
     assert lines[-1].startswith("step 40/40  loss ")
     assert all("tokens/s" in line and "left" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_on_a_terminal_there_is_a_bar(rows: Path, tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()

@@ -11,9 +11,9 @@ from lorica.client.local import Service, TrainingClient
 from lorica.core.errors import DataError, FormatError, MethodError, RouteError
 from lorica.data.example import Example
 from lorica.methods import make_method
-from lorica.models import tiny
 from lorica.sampling.params import SamplingParams
 from lorica.training.optimizer import AdamWConfig
+from tests.tiny import tiny
 
 
 def examples(seed: int, count: int = 3) -> list[Example]:

@@ -11,6 +11,7 @@ import tinker
 import torch
 
 import lorica
+from lorica.adapters.lineage import lineage_at, sha256_of
 from lorica.adapters.targets import Targets
 from lorica.client.remote import ServiceClient, metadata_of
 from lorica.core.errors import ConfigError, DataError, FormatError, MissingError
@@ -128,7 +129,7 @@ def test_metadata_of_the_users_own_is_kept_and_is_no_setting(client, server):
     assert told.lora_rank == 2
 
 
-def test_an_adapter_folder_is_uploaded_continued_stacked_and_sampled(client, tmp_path):
+def test_an_adapter_folder_is_uploaded_continued_stacked_and_sampled(client, server, tmp_path):
     host = lorica.Host(lorica.load("nano"))
     for name in ("one", "two"):
         adapter = host.add(name, LoRA(rank=2), "q_proj", seed=1)
@@ -150,6 +151,10 @@ def test_an_adapter_folder_is_uploaded_continued_stacked_and_sampled(client, tmp
     run = client.create_training_client_from_state(paths[0]).result()
     losses = train(run)
     assert losses[0] == pytest.approx(-sum(one), abs=20) and losses[1] < losses[0]
+    run.save_state("further").result()
+    saved = [lineage_at(file.parent) for file in server.settings.data_dir.rglob("lorica.json")]
+    parents = [parent for lineage in saved for parent in lineage.of("continued-from")]
+    assert [(parent.path, parent.sha256) for parent in parents] == [(paths[0], sha256_of(tmp_path / "one"))]
     with pytest.raises(DataError, match="exists already"):
         client.upload_adapter(tmp_path / "one", "nano")
     assert client.upload_adapter(tmp_path / "one", "nano", overwrite=True) == paths[0]
@@ -178,6 +183,7 @@ def test_without_a_key_a_call_says_what_it_needs(server, monkeypatch):
         ServiceClient(base_url=server.url)._http()
 
 
+@pytest.mark.slow
 def test_without_the_sdk_the_client_says_what_to_install():
     program = (
         "import sys; sys.modules['tinker'] = None\n"

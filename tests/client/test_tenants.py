@@ -15,10 +15,10 @@ from lorica.client.local import Service, TrainingClient
 from lorica.core.errors import DataError, RouteError
 from lorica.data.example import Example
 from lorica.methods import make_method
-from lorica.models import tiny
 from lorica.sampling.params import SamplingParams
 from lorica.training.optimizer import AdamWConfig
 from tests.contract.cases import close, perturb
+from tests.tiny import tiny
 
 
 def service(token_budget: int = 2048) -> Service:

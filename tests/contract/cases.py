@@ -21,11 +21,12 @@ from lorica.core.errors import LoricaError
 from lorica.core.update import LinearUpdate
 from lorica.engine.host import Host
 from lorica.methods import Method, all_methods
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from lorica.models.builtin import FAMILIES
 from lorica.models.factory import example_inputs
 from lorica.training.optimizer import AdamStep, AdapterOptimizer
 from tests.contract.everything import Everything
+from tests.tiny import original, tiny
 
 METHODS: dict[str, type[Method]] = {**all_methods(), Everything.name: Everything}
 """What the contract holds for: the registry, and one method that uses every part of an update."""
@@ -82,6 +83,11 @@ def backbone(family: str, dtype: torch.dtype = torch.float64, **overrides: Any) 
     return tiny(family, dtype=dtype, **TINY.get(family, {}), **overrides)
 
 
+def known(family: str, dtype: torch.dtype = torch.float64) -> Backbone:
+    """The original of a backbone, to be looked at and not to be changed."""
+    return original(family, dtype=dtype, **TINY.get(family, {}))
+
+
 def places(base: Backbone, method: Method, *, head: bool = True) -> tuple[str, ...]:
     """Names of all sites that a method accepts."""
     found = []
@@ -98,32 +104,30 @@ def places(base: Backbone, method: Method, *, head: bool = True) -> tuple[str, .
 
 @cache
 def _fits(family: str, name: str, settings: tuple[tuple[str, Any], ...] = ()) -> bool:
-    return bool(places(backbone(family), small(name, **dict(settings))))
+    return bool(places(known(family), small(name, **dict(settings))))
 
 
+WHOLE = ("qwen3-moe", "gpt2", "conv")
+"""Families that have every kind of site between them."""
 CASES = [
     Case(family, name)
     for name in METHODS
     for family in FAMILIES
-    if _fits(family, name) and (name in all_methods() or family in ("qwen3-moe", "gpt2", "conv"))
+    if _fits(family, name) and (name in all_methods() or family in WHOLE)
 ]
 MORE = [
     Case(case.family, case.method, tuple(extra.items()))
     for case in CASES
     for extra in VARIANTS.get(case.method, [])
-    if case.family in ("qwen3-moe", "gpt2", "conv") and _fits(case.family, case.method, tuple(extra.items()))
+    if case.family in WHOLE and _fits(case.family, case.method, tuple(extra.items()))
 ]
-KINDS = [
-    Case(family, name) for name in METHODS for family in ("qwen3-moe", "gpt2", "conv") if Case(family, name) in CASES
-]
+KINDS = [Case(family, name) for name in METHODS for family in WHOLE if Case(family, name) in CASES]
 """Fewer families which together have every kind of site."""
 
 CORE = [case for case in CASES if case.family not in ("qwen3", "gemma", "mlp")]
 """Without families whose sites are those of others; they are in the tests of every family and variant."""
 
-FORMS = frozenset(
-    {"lora", "dora", "vera", "ia3", "pissa", "delta", "norm", "bias", "prefix", "prompt", Everything.name}
-)
+FORMS = frozenset({"lora", "dora", "ia3", "delta", "norm", "bias", "prefix", "prompt", Everything.name})
 """Methods that have every part of an update between them. Of the others, the default run takes one family each."""
 
 
@@ -132,13 +136,16 @@ def _first(case: Case) -> bool:
     return case == next(other for other in CASES if other.method == case.method)
 
 
-def cases(chosen: Sequence[Case]) -> pytest.MarkDecorator:
-    """Those of `FORMS`, each other method once, and the rest in the slow run."""
-    marked = [
+def marked(chosen: Sequence[Case]) -> list[Any]:
+    """Those of `FORMS`, each other method once, and the rest for the slow run."""
+    return [
         case if (case.method in FORMS or _first(case)) else pytest.param(case, marks=pytest.mark.slow)
         for case in chosen
     ]
-    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+def cases(chosen: Sequence[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", marked(chosen), ids=str)
 
 
 every = cases(CORE)
@@ -146,6 +153,9 @@ every_setting = cases(KINDS + MORE)
 every_variant = cases(CASES + MORE)
 every_kind = cases(KINDS)
 every_family = pytest.mark.parametrize("family", list(FAMILIES))
+whole_families = pytest.mark.parametrize(
+    "family", [name if name in WHOLE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 
 
 def attached(

@@ -25,6 +25,7 @@ from tests.contract.cases import (
     output,
     perturb,
     small,
+    whole_families,
 )
 
 
@@ -80,7 +81,7 @@ def test_a_mixed_batch_is_its_rows_alone_and_gradients_reach_each_adapter_alone(
             close(grads[name], adapter.grad, 1e-9)
 
 
-@every_family
+@whole_families
 def test_permuting_the_rows_permutes_the_outputs_and_keeps_the_gradients(family: str) -> None:
     host, rows = crowd(family)
     given = inputs(host, rows=len(rows), length=4)
@@ -95,7 +96,7 @@ def test_permuting_the_rows_permutes_the_outputs_and_keeps_the_gradients(family:
     close(results[1][1], results[0][1], 1e-10)
 
 
-@every_family
+@whole_families
 def test_base_rows_of_a_mixed_batch_have_the_base_output(family: str) -> None:
     host, rows = crowd(family)
     given = inputs(host, rows=len(rows), length=5)
@@ -107,7 +108,7 @@ def test_base_rows_of_a_mixed_batch_have_the_base_output(family: str) -> None:
             close(y[index], base[index], 1e-11)
 
 
-@every_family
+@whole_families
 def test_an_adapter_of_nan_spoils_its_own_rows_alone(family: str) -> None:
     host, rows = crowd(family)
     given = inputs(host, rows=len(rows), length=5)
@@ -166,7 +167,7 @@ def test_padding_a_smaller_rank_with_zeros_changes_nothing(case: Case) -> None:
     close(output(host, given), y, 1e-12)
 
 
-@every_family
+@whole_families
 def test_a_batch_of_another_number_of_rows_is_refused(family: str) -> None:
     from lorica.core.errors import RouteError
 

@@ -9,9 +9,17 @@ from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
 from lorica.models.builtin import FAMILIES
-from tests.contract.cases import CASES, METHODS, Case, add, backbone, close, logits, small
+from tests.contract.cases import CASES, METHODS, Case, add, backbone, close, known, logits, small
 
-CAUSAL = [family for family in FAMILIES if backbone(family).is_causal_lm]
+every_causal = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow) if family in ("qwen3", "gemma") else family
+        for family in FAMILIES
+        if known(family).is_causal_lm
+    ],
+)
+"""Those whose sites are those of others in the slow run."""
 Rows = list[str | list[str] | None]
 
 
@@ -47,7 +55,7 @@ def alone(host: Host, item: Item) -> tuple[float, list[float]]:
 
 
 @pytest.mark.parametrize("head", [False, True], ids=["head-frozen", "head-adapted"])
-@pytest.mark.parametrize("family", CAUSAL)
+@every_causal
 def test_a_packed_mix_of_every_method_is_each_example_alone(family: str, head: bool) -> None:
     host, owners = residents(family, head=head)
     items = [Item(example(i, 2 + (5 * i) % 9), owner) for i, owner in enumerate(owners)]
@@ -64,7 +72,7 @@ def test_a_packed_mix_of_every_method_is_each_example_alone(family: str, head: b
         close(grads[name], adapter.grad, 1e-8)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@every_causal
 def test_the_token_budget_changes_nothing(family: str) -> None:
     host, owners = residents(family, head=False)
     items = [Item(example(i, 2 + (5 * i) % 9), owner) for i, owner in enumerate(owners)]
@@ -78,7 +86,7 @@ def test_the_token_budget_changes_nothing(family: str) -> None:
     close(torch.cat(found[1][1]), torch.cat(found[0][1]), 1e-8)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@every_causal
 def test_checkpointing_a_packed_mix_with_dropout_changes_no_gradient(family: str) -> None:
     host, _ = residents(family, head=False)
     add(host, "dropped", small("lora", dropout=0.5), seed=50, head=False)
@@ -97,7 +105,7 @@ def test_checkpointing_a_packed_mix_with_dropout_changes_no_gradient(family: str
     close(grads[1], grads[0], 1e-12)
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@every_causal
 def test_forward_alone_gives_the_same_numbers_and_no_gradient(family: str) -> None:
     host, owners = residents(family, head=False)
     items = [Item(example(i, 2 + (5 * i) % 9), owner) for i, owner in enumerate(owners)]

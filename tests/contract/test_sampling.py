@@ -8,12 +8,12 @@ import torch
 from lorica.engine.sample import generate
 from lorica.sampling.params import SamplingParams
 from tests.contract.cases import logits
-from tests.contract.test_packed_batches import CAUSAL, residents
+from tests.contract.test_packed_batches import every_causal, residents
 
 STEPS = 4
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@every_causal
 def test_a_mixed_batch_of_every_method_samples_what_each_row_alone_does(family: str) -> None:
     host, owners = residents(family, head=False)
     prompts = [[5 + i, 9, 20 + i, 7, 30][: 1 + i % 5] for i in range(len(owners))]

@@ -16,8 +16,8 @@ from lorica.engine import commands
 from lorica.engine.arrays import array
 from lorica.engine.core import EngineCore
 from lorica.engine.settings import EngineSettings
-from lorica.models import tiny
 from lorica.models.backbone import Backbone
+from tests.tiny import tiny
 
 SPILL = Path(tempfile.mkdtemp(prefix="lorica-tests-"))
 atexit.register(shutil.rmtree, SPILL, ignore_errors=True)

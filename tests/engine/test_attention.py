@@ -13,10 +13,11 @@ from lorica.engine.attention import attend_with_prefix
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.methods import make_method
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from lorica.models.attention import set_attention
 from lorica.sampling.params import SamplingParams
 from tests.contract.cases import close, inputs, output
+from tests.tiny import tiny
 
 IDS = torch.tensor([[5, 9, 20, 7, 8, 3], [30, 11, 6, 8, 40, 41], [9, 9, 5, 5, 7, 7]])
 

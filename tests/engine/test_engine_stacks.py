@@ -12,8 +12,8 @@ from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import tiny
 from tests.contract.cases import close, perturb, run_dense
+from tests.tiny import tiny
 
 ROWS = [(5, 9, 20, 7, 8, 3), (30, 11, 6), (9, 9, 5, 5, 7), (17, 4, 4), (8, 8, 3, 2)]
 ATTENTION = ["q_proj", "k_proj", "v_proj"]

@@ -13,7 +13,7 @@ from lorica.engine.executor import Work
 from lorica.engine.host import Host
 from lorica.engine.route import Route
 from lorica.methods import make_method
-from lorica.models import tiny
+from tests.tiny import tiny
 
 SITE = "model.layers.0.self_attn.q_proj"
 

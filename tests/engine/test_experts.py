@@ -14,8 +14,9 @@ from lorica.core.errors import MethodError
 from lorica.core.update import LinearUpdate
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import tiny, wrap
+from lorica.models import wrap
 from tests.contract.cases import close, perturb
+from tests.tiny import tiny
 
 HOME = "model.layers.0.mlp.experts"
 IDS = torch.randint(3, 120, (3, 5), generator=torch.Generator().manual_seed(0))

@@ -17,8 +17,9 @@ from lorica.engine.fused import FusedNorm, fused_parts, gated_of, norm_of
 from lorica.engine.groups import groups_of
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from lorica.models.builtin import FAMILIES
+from tests.tiny import tiny
 
 CAUSAL = [family for family in FAMILIES if tiny(family).is_causal_lm]
 DTYPES = [torch.float32, torch.bfloat16]

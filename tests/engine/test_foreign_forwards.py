@@ -15,8 +15,9 @@ from lorica.engine.engine import Engine, Item
 from lorica.engine.equation import on_top
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import Backbone, tiny, wrap
+from lorica.models import Backbone, wrap
 from tests.contract.cases import close, perturb
+from tests.tiny import tiny
 
 ROWS = [(5, 9, 20, 7, 8, 3), (30, 11, 6), (9, 9, 5, 5)]
 PLACES = [

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from lorica.core.errors import MethodError, RouteError
 from lorica.engine.host import Host, attach
 from lorica.methods import make_method
-from lorica.models import tiny
 from tests.contract.cases import perturb
+from tests.tiny import tiny
 
 LORA = make_method("lora", rank=2)
 IDS = torch.tensor([[5, 9, 20], [7, 8, 30]])

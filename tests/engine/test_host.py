@@ -10,8 +10,8 @@ import torch
 from lorica.core.errors import MergeError, MethodError, RouteError, TargetError
 from lorica.engine.host import Host, attach
 from lorica.methods import make_method
-from lorica.models import tiny
 from tests.contract.cases import perturb
+from tests.tiny import tiny
 
 LORA = make_method("lora", rank=2)
 IDS = torch.tensor([[5, 9, 20], [7, 8, 30]])

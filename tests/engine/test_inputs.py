@@ -10,8 +10,8 @@ from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import tiny
 from tests.contract.cases import close
+from tests.tiny import tiny
 
 IDS = torch.tensor([[5, 9, 20, 7], [30, 11, 6, 8]])
 

@@ -14,7 +14,7 @@ from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.methods import all_methods
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from lorica.models.builtin import FAMILIES
 from lorica.models.quantize.apply import quantize_backbone
 from lorica.models.quantize.config import Quantization
@@ -22,6 +22,7 @@ from lorica.models.quantize.linear import QuantizedLinear
 from lorica.sampling.params import SamplingParams
 from lorica.training.optimizer import AdamWConfig, AdapterOptimizer
 from tests.contract.cases import CASES, METHODS, TINY, Case, add, close, gradient, inputs, output, small
+from tests.tiny import tiny
 
 KINDS = ["nf4", "nvfp4"]
 CAUSAL = ["llama", "qwen3-moe", "gpt2"]

@@ -21,7 +21,7 @@ class Named(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-NAMED: list[Any] = [Named(name=name, forwards=0) for name in "abc"]
+NAMED: list[Any] = [Named(name=name, forwards=0, held=False) for name in "abc"]
 stacks = st.lists(st.lists(st.sampled_from(NAMED), max_size=2, unique_by=id).map(tuple), min_size=1, max_size=7)
 
 
@@ -73,7 +73,7 @@ def test_the_adapters_present_are_each_named_once_in_order(rows: list[Stack]) ->
 
 
 def test_training_counts_each_adapter_present_once_a_pass() -> None:
-    one, two = Named(name="a", forwards=0), Named(name="b", forwards=5)
+    one, two = Named(name="a", forwards=0, held=False), Named(name="b", forwards=5, held=False)
     route = Route([(one,), (), (one, two)])  # type: ignore[arg-type]
     assert dict(route.begin(training=True).counts) == {one: 1, two: 6}
     assert dict(route.begin(training=True).counts) == {one: 2, two: 7}

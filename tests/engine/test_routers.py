@@ -15,8 +15,9 @@ from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
 from lorica.methods import make_method
-from lorica.models import tiny, wrap
+from lorica.models import wrap
 from tests.contract.cases import close, perturb
+from tests.tiny import tiny
 
 CASTS: dict[str, Callable[[Tensor], Tensor]] = {
     "float": lambda t: t.float(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from lorica.engine import commands
 from lorica.engine.residency import Recent
 from lorica.engine.runs import OPTIMIZER
 from lorica.methods import all_methods, get_method
-from lorica.models import tiny
 from tests.engine.service import ADAM, SPEC, RefusedError, Service, datum, train
+from tests.tiny import tiny
 
 BATCH = [datum(i, 5 + 3 * i) for i in range(4)]
 SPECS = {
@@ -42,8 +43,12 @@ SPECS = {
 }
 """Every method that is registered, and further settings of some whose step hooks do something else there."""
 HOOKED = [key for key, spec in SPECS.items() if get_method(spec.method).has_step_hooks()]
-QUICK = {"lora", "vera", "pissa", *HOOKED}
-ALL = [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in SPECS]
+QUICK = {"lora", "adalora", "glora supernet", "lora_pro", "singlora"}
+"""No hooks, and hooks that keep counts, draw, keep moments of another shape, and count steps."""
+
+
+def quickly(keys: Iterable[str]) -> list[Any]:
+    return [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in keys]
 
 
 def service(key: str, **settings: Any) -> Service:
@@ -86,7 +91,7 @@ def work(home: Service, run: str, steps: int = 2) -> list[dict[str, float]]:
     return told
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", quickly(SPECS))
 def test_a_snapshot_continues_bit_for_bit_in_another_engine(method: str, tmp_path: Path) -> None:
     first, second = service(method, folder=tmp_path), service(method, folder=tmp_path)
     first.open("a", spec=SPECS[method])
@@ -101,7 +106,7 @@ def test_a_snapshot_continues_bit_for_bit_in_another_engine(method: str, tmp_pat
     same_runs(first, second, "a")
 
 
-@pytest.mark.parametrize("method", ALL)
+@pytest.mark.parametrize("method", quickly(SPECS))
 def test_runs_that_were_spilled_come_back_bit_for_bit(method: str, tmp_path: Path) -> None:
     crowded, roomy = service(method, folder=tmp_path, resident=2), service(method, folder=tmp_path, resident=20)
     told = []
@@ -188,7 +193,7 @@ def test_optimiser_and_gradient_rows_are_made_when_they_are_needed(tmp_path: Pat
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", HOOKED)
+@pytest.mark.parametrize("method", quickly(HOOKED))
 def test_a_checkpoint_with_its_optimiser_has_all_that_a_method_keeps_between_steps(method: str, tmp_path: Path) -> None:
     first, second = service(method, folder=tmp_path), service(method, folder=tmp_path)
     first.open("a", spec=SPECS[method])

@@ -18,7 +18,7 @@ from lorica.engine.equation import Dropout, Mask, reference_linear
 from lorica.engine.host import Host
 from lorica.engine.linear import Base, Part, adapted_linear
 from lorica.methods import make_method
-from lorica.recipes.compare_costs import Saved
+from lorica.recipes.compare.costs import Saved
 
 N, I, O, R = 12, 64, 48, 4  # noqa: E741
 RNG = torch.Generator()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lorica.core.errors import RouteError
 from lorica.engine.host import Host, attach
 from lorica.methods import make_method
-from lorica.models import tiny, wrap
+from lorica.models import wrap
 from tests.contract.cases import close, perturb
+from tests.tiny import tiny
 
 LORA = make_method("lora", rank=2)
 

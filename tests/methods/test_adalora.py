@@ -19,11 +19,12 @@ from lorica.core.errors import ConfigError, FormatError, MethodError
 from lorica.engine.host import Host
 from lorica.methods.adalora import AdaLoRA
 from lorica.methods.lora import LoRA
-from lorica.models import tiny, wrap
+from lorica.models import wrap
 from lorica.models.factory import example_inputs
 from lorica.training.optimizer import AdamStep, AdapterOptimizer
 from tests.methods.one import hosted, linear, matrix, same, tensors
 from tests.parity.both import OLD_CACHE, OLD_CHECKPOINTING
+from tests.tiny import tiny
 
 PATTERNS = pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 """PEFT reads AdaLoRA's `rank_pattern`, but its new check of that field expects LoRA's."""

@@ -18,10 +18,10 @@ from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.methods.aqn import AQN, schedule
 from lorica.methods.lora import LoRA
-from lorica.models import tiny
 from lorica.sampling.params import SamplingParams
 from tests.engine.service import Service as Engines
 from tests.engine.service import sample
+from tests.tiny import tiny
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 ROW = Example((5, 6, 7, 8, 9, 10), (0.0, 1.0, 1.0, 1.0, 1.0, 1.0), "row")

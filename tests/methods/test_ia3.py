@@ -9,8 +9,8 @@ from torch import nn
 from lorica.core.update import LinearUpdate
 from lorica.engine.host import Host
 from lorica.methods.ia3 import IA3
-from lorica.models import tiny
 from tests.methods.one import SITE, effective, grads, hosted, linear, matrix, same
+from tests.tiny import tiny
 
 W, B0, X, DY = matrix(8, 5), matrix(8, seed=6), matrix(6, 5, seed=1), matrix(6, 8, seed=2)
 OUT, IN = matrix(8, seed=3), matrix(5, seed=4)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 import lorica
+from lorica.adapters.alternation import alternate
+from lorica.adapters.lineage import Base
+from lorica.adapters.parents import lineage_of, lineage_of_weights
 from lorica.adapters.private_base import META, private_base
 from lorica.adapters.targets import Targets
 from lorica.core.errors import FormatError, MethodError, MismatchError, MissingError
 from lorica.engine.host import Host
-from lorica.methods.loftq import LoftQ, alternate
+from lorica.methods.loftq import LoftQ
 from lorica.models.factory import make_tiny
 from lorica.models.quantize.apply import quantize_backbone
 from lorica.models.quantize.config import Quantization
@@ -115,6 +118,52 @@ def test_iterated_decompositions_come_close_to_exact_ones() -> None:
 def test_values_that_are_not_finite_are_refused() -> None:
     with pytest.raises(FormatError, match="NaN"):
         alternate(gaussian(8, 8) * math.nan, format_of("nf4"), 2, 1, rng())
+
+
+# -- QPiSSA ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_qpissa_quantises_what_the_principal_directions_leave_and_ends_with_codes(rounds: int) -> None:
+    W, form = gaussian(40, 32), format_of("nf4", double=False)
+    found = alternate(W, form, 6, rounds, rng(), start="principal")
+    Q, errors = torch.zeros_like(W), []
+    for _ in range(rounds):
+        U, S, V = torch.linalg.svd(W - Q, full_matrices=False)
+        L = (U[:, :6] * S[:6]) @ V[:6]
+        Q = quantize(W - L, "nf4").dense(torch.float64)
+        errors.append(float((W - Q - L).norm()))
+    assert found.errors[1:] == pytest.approx(errors, rel=1e-9)
+    assert found.errors[0] == pytest.approx(float((W - quantize(W, "nf4").dense(torch.float64)).norm()))
+    if rounds == 1:  # the factors are PiSSA's, and the codes those of its residual base
+        U, S, V = found.triplets
+        torch.testing.assert_close((U * S) @ V, L)
+        assert torch.equal(found.packed.dense(torch.float64), Q)
+
+
+def test_qpissa_loses_less_than_plain_codes_where_few_directions_dominate() -> None:
+    tall = gaussian(64, 4, seed=1, scale=2.0) @ gaussian(4, 64, seed=2, scale=1.0) + gaussian(64, 64)
+    for kind in ("nf4", "nf2"):
+        found = alternate(tall, format_of(kind, double=False), 4, 5, rng(), start="principal")
+        assert min(found.errors[1:]) < 0.5 * found.errors[0]
+
+
+@pytest.mark.parametrize("alpha", [2.0, 8.0, 64.0])
+def test_qpissa_starts_near_the_full_model_for_every_scaling_and_its_base_alone_is_far(alpha: float) -> None:
+    own = private_base(full(), NF4, LoftQ(rank=8, alpha=alpha, iterations=5, start="principal"))
+    host = Host(own.backbone)
+    host.put(own.adapter)
+    for site, errors in own.errors.items():
+        weight, W = own.backbone.weight(site), full().weight(site).matrix()
+        left = W - own.adapter.update(site, weight).effective(weight.matrix())  # type: ignore[union-attr]
+        assert math.isclose(float(left.detach().norm()), min(errors[1:]), rel_tol=1e-3)
+        assert float((W - weight.matrix()).norm()) > 2 * errors[0], "the principal part is the adapter's"
+
+
+def test_qpissa_beside_a_base_that_others_share_is_refused() -> None:
+    host = Host(packed())
+    with pytest.raises(MethodError, match="LoftQ with start: principal chooses the codes of site"):
+        host.add("a", LoftQ(rank=4, start="principal"))
 
 
 # -- a shared base -----------------------------------------------------------------------------------------------------
@@ -308,7 +357,8 @@ def test_a_private_base_needs_a_site_that_is_packed() -> None:
 
 
 @pytest.mark.slow
-def test_lorica_train_makes_base_and_adapter_and_resumes_them(tmp_path: object) -> None:
+@pytest.mark.parametrize("fields", [{"iterations": 2}, {"start": "principal"}], ids=str)
+def test_lorica_train_makes_base_and_adapter_and_resumes_them(tmp_path: object, fields: dict[str, object]) -> None:
     from lorica.recipes import sft
     from lorica.recipes.config import SFTConfig
 
@@ -316,7 +366,7 @@ def test_lorica_train_makes_base_and_adapter_and_resumes_them(tmp_path: object) 
         {
             "model": "nano",
             "quantize": "nf2",
-            "method": {"name": "loftq", "rank": 4, "iterations": 2},
+            "method": {"name": "loftq", "rank": 4, **fields},
             "targets": {"include": ["q_proj"]},
             "data": {"path": "everyday:train"},
             "steps": 4,
@@ -328,7 +378,11 @@ def test_lorica_train_makes_base_and_adapter_and_resumes_them(tmp_path: object) 
     )
     done = sft.run(config)
     host = Host(lorica.load(f"{tmp_path}/run/base"))
-    first = host.load(f"{tmp_path}/run/adapter").flat.clone()
+    adapter = host.load(f"{tmp_path}/run/adapter")
+    first, known, packed = adapter.flat.clone(), lineage_of(adapter), lineage_of_weights(host.backbone)
+    assert known.base == Base(f"{tmp_path}/run/base", host.backbone.fingerprint())
+    assert packed.base == Base("nano", lorica.load("nano").fingerprint())
+    assert (packed.how, packed.settings["quantize"]) == ("pack with loftq", "nf2")
     (done.path / "checkpoints" / "step-000004.pt").unlink()
     assert done.adapter is not None
     sft.resume(done.path)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import lorica
 from lorica.adapters.layout import Layout
+from lorica.adapters.parents import lineage_of
 from lorica.adapters.save_merged import save_merged
 from lorica.adapters.targets import Targets, select
 from lorica.cli.main import cli
@@ -23,7 +24,7 @@ from lorica.engine.settings import EngineSettings, parse
 from lorica.engine.worker import start
 from lorica.methods.longlora import LongLoRA
 from lorica.methods.lora import LoRA
-from lorica.models import tiny, wrap
+from lorica.models import wrap
 from lorica.models.factory import make_tiny
 from lorica.models.positions import check_scaled, context, position_scale, scale_positions
 from lorica.models.shifted_attention import Shifted
@@ -32,6 +33,7 @@ from lorica.recipes.config import SFTConfig, read_config
 from lorica.sampling.params import SamplingParams
 from tests.engine.service import Service as Engines
 from tests.engine.service import datum, logprobs, train
+from tests.tiny import tiny
 
 
 def trained(host: Host) -> dict[str, set[str]]:
@@ -229,7 +231,8 @@ def test_a_run_trains_in_groups_with_scaled_positions_and_says_so(tmp_path: Path
     again = read_config(tmp_path / "long" / "config.yaml")
     assert again.attention == Shifted(group=8) and again.position_scale == 2.0
     adapter = Host(lorica.load("nano", position_scale=2.0)).load(tmp_path / "long" / "adapter")
-    assert adapter.meta["attention"] == {"kind": "shifted", "group": 8, "ratio": None}
+    recipe = lineage_of(adapter).recipe
+    assert recipe is not None and recipe["attention"] == {"kind": "shifted", "group": 8, "ratio": None}
     with pytest.raises(MismatchError):
         Host(lorica.load("nano")).load(tmp_path / "long" / "adapter")
 

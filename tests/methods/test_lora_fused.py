@@ -12,8 +12,9 @@ from lorica.core.site import Site
 from lorica.engine.host import Host
 from lorica.methods.lora import LoRA
 from lorica.methods.lora_fused import FusedLoRA
-from lorica.models import tiny, wrap
+from lorica.models import wrap
 from tests.methods.one import matrix
+from tests.tiny import tiny
 
 QKV = Site("h.0.attn.c_attn", "linear", (12, 4), parts=(("q", 4), ("k", 4), ("v", 4)))
 

@@ -16,11 +16,11 @@ from lorica.core.errors import ConfigError
 from lorica.methods import Method, all_methods, make_method
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LearningRates, LoRA
-from lorica.models import tiny
 from lorica.recipes.config import SFTConfig
 from lorica.server import specs
 from lorica.server.bodies import CreateModelBody
 from lorica.training.optimizer import AdamStep, AdamWConfig, AdapterOptimizer
+from tests.tiny import tiny
 
 EMBEDDED = ["q_proj", "embed_tokens"]
 

@@ -18,10 +18,10 @@ from lorica.core.tangent import Choice, Tangent, inverse, tangents
 from lorica.engine.host import Host
 from lorica.methods.lora import LoRA
 from lorica.methods.lora_pro import LoRAPro
-from lorica.models import tiny
 from lorica.models.factory import example_inputs
 from lorica.training.optimizer import AdamStep, AdapterOptimizer
 from tests.methods.one import effective, hosted, linear, matrix, same, tensors
+from tests.tiny import tiny
 
 CHOICES: tuple[Choice, ...] = ("sylvester", "symmetric", "zero")
 A, B, G = matrix(3, 7, seed=1), matrix(5, 3, seed=2), matrix(5, 7, seed=3)

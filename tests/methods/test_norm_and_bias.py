@@ -10,8 +10,8 @@ from lorica.core.errors import MethodError, TargetError
 from lorica.engine.host import Host
 from lorica.methods.bias import Bias
 from lorica.methods.norm import Norm
-from lorica.models import tiny
 from tests.methods.one import SITE, grads, hosted, linear, matrix, same
+from tests.tiny import tiny
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms", "group"])

@@ -11,8 +11,9 @@ from torch import Tensor
 from lorica.core.update import PrefixKV
 from lorica.engine.host import Host
 from lorica.methods.prefix import Prefix
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from tests.methods.one import matrix, same
+from tests.tiny import tiny
 
 WORDS = torch.tensor([[40, 41, 42], [40, 41, 42]])
 TEXT = torch.tensor([[5, 9, 20, 7], [30, 11, 6, 8]])

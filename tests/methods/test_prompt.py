@@ -9,8 +9,9 @@ from torch import Tensor
 from lorica.core.errors import MethodError
 from lorica.engine.host import Host
 from lorica.methods.prompt import Prompt
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from tests.methods.one import matrix, same
+from tests.tiny import tiny
 
 FAMILIES = ["llama", "qwen3-moe", "gemma", "gpt2", "bert"]
 HARD = [40, 41, 42]

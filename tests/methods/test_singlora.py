@@ -11,10 +11,10 @@ from lorica.adapters.layout import GLOBAL, Layout
 from lorica.adapters.targets import Targets, select
 from lorica.engine.host import Host
 from lorica.methods.singlora import SingLoRA
-from lorica.models import tiny
 from lorica.models.factory import example_inputs
 from lorica.training.optimizer import AdamStep, AdapterOptimizer
 from tests.methods.one import SITE, effective, grads, hosted, linear, matrix, same, tensors
+from tests.tiny import tiny
 
 X = matrix(6, 5, seed=1)
 

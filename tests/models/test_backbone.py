@@ -139,6 +139,7 @@ def test_fingerprints_differ_when_one_weight_of_any_tensor_changes(family: str) 
     assert len(marks) == len(names) + 1
 
 
+@pytest.mark.slow
 def test_fingerprints_are_the_same_in_another_process_and_another_dtype() -> None:
     mark = tiny("mlp").fingerprint()
     code = "from lorica.models import tiny; print(tiny('mlp').fingerprint())"

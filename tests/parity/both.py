@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from lorica.adapters.adapter import Adapter
 from lorica.adapters.peft_format import why_not
 from lorica.engine.host import Host
 from lorica.methods import Method
-from lorica.models import Backbone, tiny
+from lorica.models import Backbone
 from lorica.models.factory import example_inputs
+from tests.tiny import tiny
 
 Make = Callable[[], Backbone]
 TOLERANCE = 1e-5
@@ -37,15 +37,8 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> None:
 
 
 def of_family(family: str, **overrides: Any) -> Make:
-    """A maker of equal tiny backbones: copies of one, which is twice as fast as making them."""
-    return lambda: copy.deepcopy(_first(family, tuple(overrides.items())))
-
-
-@cache
-def _first(family: str, overrides: tuple[tuple[str, Any], ...]) -> Backbone:
-    base = tiny(family, **dict(overrides))
-    base.fingerprint()  # copies remember it
-    return base
+    """A maker of equal tiny backbones."""
+    return lambda: tiny(family, **overrides)
 
 
 def run(model: nn.Module | Host, base: Backbone) -> Tensor:

@@ -22,7 +22,7 @@ from lorica.adapters.peft_keys import OWN
 from lorica.engine.host import Host
 from lorica.methods import Method, all_methods
 from lorica.models import Backbone
-from tests.contract.cases import CASES, MORE, Case, backbone, places
+from tests.contract.cases import CASES, MORE, Case, backbone, known, places
 from tests.parity.both import ours
 
 REGISTERED = [case for case in CASES if case.method in all_methods()]
@@ -39,7 +39,7 @@ def slowly(cases: list[Case]) -> list[Any]:
 @cache
 def sites(case: Case) -> tuple[str, ...]:
     """Where the method can act and PEFT has the maths; wherever it can, where PEFT has it nowhere."""
-    base, method = backbone(case.family), case.make()
+    base, method = known(case.family), case.make()
     every = places(base, method)
     if not every or _held(base, method, every):
         return every
@@ -55,7 +55,7 @@ def _held(base: Backbone, method: Method, names: tuple[str, ...]) -> bool:
 @cache
 def in_pefts_words(case: Case) -> bool:
     """Whether PEFT can hold the adapter at `sites(case)`."""
-    return _held(backbone(case.family), case.make(), sites(case))
+    return _held(known(case.family), case.make(), sites(case))
 
 
 def held(cases: list[Case]) -> list[Case]:
@@ -65,14 +65,7 @@ def held(cases: list[Case]) -> list[Case]:
 
 def fresh(case: Case, dtype: torch.dtype = torch.float32) -> Backbone:
     """A backbone of the case's family that nobody else has."""
-    return copy.deepcopy(_first(case.family, dtype))
-
-
-@cache
-def _first(family: str, dtype: torch.dtype) -> Backbone:
-    base = backbone(family, dtype)
-    base.fingerprint()  # copies remember it
-    return base
+    return backbone(case.family, dtype)
 
 
 def made(case: Case, dtype: torch.dtype = torch.float32) -> Host:

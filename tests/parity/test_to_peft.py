@@ -21,7 +21,7 @@ from lorica.adapters.peft_keys import OWN
 from lorica.adapters.targets import Targets
 from lorica.methods import all_methods, make_method
 from lorica.models import Backbone, wrap
-from tests.contract.cases import Case
+from tests.contract.cases import Case, marked
 from tests.parity.both import (
     CONV1D,
     GROUPS,
@@ -54,7 +54,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for key, tensor in found.items() if not key.startswith(OWN)}
 
 
-@pytest.mark.parametrize("case", [*held(EVERY), *slowly(held(SETTINGS))], ids=str)
+@pytest.mark.parametrize("case", [*marked(held(EVERY)), *slowly(held(SETTINGS))], ids=str)
 def test_peft_reads_our_folder_with_the_same_logits_and_saves_it_again_as_it_is(case: Case, tmp_path: Path) -> None:
     host = made(case)
     y = differ(host)
@@ -69,7 +69,7 @@ def test_peft_reads_our_folder_with_the_same_logits_and_saves_it_again_as_it_is(
         assert again[key].dtype == tensor.dtype and torch.equal(again[key], tensor), key
 
 
-@pytest.mark.parametrize("case", [case for case in EVERY if not in_pefts_words(case)], ids=str)
+@pytest.mark.parametrize("case", marked([case for case in EVERY if not in_pefts_words(case)]), ids=str)
 def test_what_peft_cannot_hold_is_of_a_type_that_peft_refuses(case: Case, tmp_path: Path) -> None:
     host = made(case)
     folder = host.save(tmp_path)

@@ -16,6 +16,7 @@ SMALL = {
     "tenants": ["--width=128", "--shapes=2x8", "--rounds=1", "--methods=lora,dora"],
     "decode": ["--width=128", "--tokens=2", "--rounds=1", "--tenants=2"],
     "loss_head": ["--vocabularies=500", "--rounds=1"],
+    "merging": ["--width=128", "--layers=1"],
     "methods": ["--width=128", "--layers=2", "--rows=2", "--tokens=8", "--rounds=1", "--methods=lora,norm"],
     "quantize": ["--size=128", "--width=128", "--rows=1", "--tokens=8", "--rounds=1"],
     "scale": ["--count=20", "--peft=2", "--rounds=1"],

@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 import pytest
 
+from lorica.cli.merge import _rule, _split
 from lorica.cli.train import FLAGS, _config
+from lorica.core.errors import ConfigError
 from lorica.recipes.configs import find_config, shipped
 from scripts.docs import cli_page
 
@@ -39,6 +41,8 @@ def test_command_lines_that_are_shown_are_accepted(where):
         given = parse(path, rest)
         if path == "lorica train" and "$" not in " ".join(words):
             check_settings(given)
+        if path == "lorica merge":
+            check_rule(given)
 
 
 def parse(path, words):
@@ -56,6 +60,21 @@ def check_settings(given):
     flags = {key: value for key, value in given.items() if key in FLAGS}
     if "resume" not in given:
         _config((*settings, "data.path=rows.jsonl"), given.get("method"), flags)
+
+
+def check_rule(given):
+    """What `lorica merge` would make of it: the rule exists and has these parameters."""
+    options = {"weights": None, "rank": None, "form": None}
+    options |= {key: value for key, value in given.items() if key in options and isinstance(value, str)}
+    words, how = given.get("words"), given.get("how")
+    _, parameters = _split(words if isinstance(words, tuple) else ())
+    _rule(how if isinstance(how, str) else None, parameters, options)
+
+
+def test_a_parameter_that_a_rule_lacks_would_be_found():
+    given = parse("lorica merge", ["a", "--how", "ties", "--densty", "0.3"])
+    with pytest.raises(ConfigError, match="Did you mean 'density'"):
+        check_rule(given)
 
 
 def test_the_docs_show_every_command():

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("torch", "transformers", "numpy", "matplotlib", "pydantic")
 LIMIT = 0.3
 """Seconds of CPU time above a bare interpreter's; CPU time does not depend on what else the machine does."""
@@ -55,6 +57,7 @@ def test_an_unknown_public_name_is_an_attribute_error():
     assert all(getattr(lorica, name) is not None for name in lorica.__all__)
 
 
+@pytest.mark.slow
 def test_importing_lorica_changes_nothing_in_torch_and_transformers():
     program = """
 import torch, transformers

@@ -29,12 +29,12 @@ def rows(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def config(rows: Path, tmp_path: Path) -> Callable[..., SFTConfig]:
-    """Make a config of a few steps on nano; keywords change it."""
+def config(rows: Path, tmp_path: Path, small: str) -> Callable[..., SFTConfig]:
+    """Make a config of a few steps on a small model; keywords change it."""
 
     def make(**changes: Any) -> SFTConfig:
         values: dict[str, Any] = {
-            "model": "nano",
+            "model": small,
             "data": {"path": str(rows)},
             "method": {"name": "lora", "rank": 4, "dropout": 0.1},
             "out": str(tmp_path / "run"),

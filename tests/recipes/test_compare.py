@@ -13,6 +13,7 @@ import torch
 
 import lorica
 from lorica.adapters.files import load_adapter
+from lorica.adapters.parents import lineage_of
 from lorica.client.local import Service
 from lorica.core.errors import ConfigError, DataError, MethodError, StorageError
 from lorica.data.example import Example
@@ -20,22 +21,25 @@ from lorica.data.records import load_records
 from lorica.data.render import Renderer, prepare
 from lorica.methods.lora import LoRA
 from lorica.recipes import compare
-from lorica.recipes.compare_config import CompareConfig, default_rate, entries, split
-from lorica.recipes.compare_costs import Costs, Saved, seconds
-from lorica.recipes.compare_data import question, read_parts
-from lorica.recipes.compare_plot import comparison_plot
-from lorica.recipes.compare_report import Comparison, Rate, Row, edge_note, markdown
+from lorica.recipes.compare.config import CompareConfig, default_rate, entries, split
+from lorica.recipes.compare.costs import Costs, Saved, seconds
+from lorica.recipes.compare.data import question, read_parts
+from lorica.recipes.compare.plot import comparison_plot
+from lorica.recipes.compare.ready import prepare as make_ready
+from lorica.recipes.compare.report import Base, Comparison, Rate, Row, edge_note, markdown
+from lorica.recipes.observer import Observer
 
 Make = Callable[..., CompareConfig]
 
 
 @pytest.fixture
-def setup(rows: Path) -> Make:
-    """A comparison of a few steps on nano."""
+def setup(rows: Path, small: str) -> Make:
+    """A comparison of a few steps on a small model."""
 
     def make(*methods: str, **changes: Any) -> CompareConfig:
         values: dict[str, Any] = {
             "methods": methods,
+            "model": small,
             "dtype": "float32",
             "data": {"path": str(rows)},
             "validation_rows": 2,
@@ -205,8 +209,8 @@ def test_the_result_does_not_depend_on_how_many_are_in_memory(setup: Make) -> No
 def test_a_comparison_equals_a_training_run_of_its_own(setup: Make) -> None:
     config = setup("lora:rank=4:lr=0.01", halvings=0)
     found = compare.run(config)
-    ready = compare.prepare(config, compare.Observer())
-    client = Service(lorica.load("nano", dtype="float32")).training_client(
+    ready = make_ready(config, Observer())
+    client = Service(lorica.load(config.model, dtype="float32")).training_client(
         LoRA(rank=4), seed=0, optimizer=config.optimizer.replace(lr=0.01), steps=config.steps
     )
     losses = []
@@ -219,14 +223,15 @@ def test_a_comparison_equals_a_training_run_of_its_own(setup: Make) -> None:
 
 @pytest.mark.slow
 def test_a_candidate_whose_numbers_are_not_finite_drops_out_and_hurts_nobody(setup: Make) -> None:
-    found = compare.run(setup("lora:rank=4:lr=[0.01,1e37]", "dora:rank=4:lr=1e37", "ia3"))
+    nano = {"model": "nano"}  # on which DoRA overflows within two steps
+    found = compare.run(setup("lora:rank=4:lr=[0.01,1e37]", "dora:rank=4:lr=1e37", "ia3", **nano))
     assert {row.label for row in found.rows} == {"lora:rank=4:lr=[0.01,1e37]", "ia3"}
     ill = next(row for row in found.rows if row.method == "lora")
     assert ill.lr == 0.01 and any("not finite" in note for note in ill.notes)
     (absent,) = found.absent
     assert absent.label == "dora:rank=4:lr=1e37"
     assert "No learning rate could be trained to the end" in absent.reason and "not finite" in absent.reason
-    well = compare.run(setup("lora:rank=4:lr=0.01", "ia3"))
+    well = compare.run(setup("lora:rank=4:lr=0.01", "ia3", **nano))
     assert_equal(numbers(found)["ia3"], numbers(well)["ia3"])
     assert_equal(list(ill.curve), list(next(r for r in well.rows if r.method == "lora").curve))
 
@@ -279,8 +284,14 @@ def test_files_hold_everything_and_a_folder_is_not_written_twice(setup: Make, tm
     for said in ("| lora:rank=4 |", "| (base) |", "Not compared: bias.", "One seed"):
         assert said in table
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
-    base = lorica.load("nano", dtype="float32")
-    assert load_adapter(out / "adapters" / "lora_rank=4", base, "x").method == LoRA(rank=4)
+    base = lorica.load(config.model, dtype="float32")
+    winner = load_adapter(out / "adapters" / "lora_rank=4", base, "x")
+    assert winner.method == LoRA(rank=4)
+    known = lineage_of(winner)
+    assert known.base is not None and known.base.fingerprint == base.fingerprint()
+    assert known.recipe is not None and known.data is not None
+    assert (known.recipe["name"], known.recipe["optimizer"]["lr"]) == ("compare", found.rows[0].lr)
+    assert (known.data.path, known.data.sha256) == (config.data.path, document["environment"]["data"]["train"])
     with pytest.raises(StorageError, match="holds a comparison already"):
         compare.run(config, out)
 
@@ -294,14 +305,14 @@ def test_the_base_may_be_packed(setup: Make) -> None:
     config = setup("lora:rank=2", quantize="nf4,block=128")
     found = compare.run(config)
     assert found.config["quantize"]["block"] == 128 and math.isfinite(found.rows[0].loss)
-    assert found.base.parameters == lorica.load("nano").parameter_count()
+    assert found.base.parameters == lorica.load(config.model).parameter_count()
 
 
 # -- costs -------------------------------------------------------------------------------------------------------
 
 
 def test_costs_are_of_the_method_alone(setup: Make) -> None:
-    ready = compare.prepare(setup("lora:rank=4", "vera:rank=16", timing_pairs=1), compare.Observer())
+    ready = make_ready(setup("lora:rank=4", "vera:rank=16", timing_pairs=1), Observer())
     lora, vera = ready.costs.values()
     assert lora.adapter_bytes == 4 * 4 * lora.parameters  # value, gradient, two moments, float32
     assert lora.frozen == 0 < vera.frozen
@@ -337,6 +348,6 @@ def test_forty_methods_one_of_which_diverged_can_be_drawn() -> None:
         )
         for i, loss in enumerate(losses)
     )  # fmt: skip
-    found = Comparison({}, compare.Base(4.0, None, 1000), rows, (), {"answered": 0}, (), {}, {})
+    found = Comparison({}, Base(4.0, None, 1000), rows, (), {"answered": 0}, (), {}, {})
     assert len(comparison_plot(found)) > 10_000
     assert math.isclose(rows[0].loss, 1.0) and rows[0].spread is None and rows[0].right is None

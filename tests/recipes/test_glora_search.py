@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from lorica.adapters.parents import lineage_of
 from lorica.core.errors import ConfigError, MethodError, StorageError
 from lorica.core.glora_choices import ALL, Choice
 from lorica.core.site import Site
@@ -21,10 +22,10 @@ from lorica.methods.glora import GLoRA
 from lorica.methods.lora import LoRA
 from lorica.models import load
 from lorica.recipes import glora_search
-from lorica.recipes.compare_ready import Observer
 from lorica.recipes.evolution import Evolution, EvolutionConfig, Genome
 from lorica.recipes.glora_search import GLoRASearchConfig, fixed_adapter, set_choices
 from lorica.recipes.ledger import Ledger
+from lorica.recipes.observer import Observer
 from tests.contract.cases import backbone, close, inputs, output
 
 SITES = [Site(f"layers.{n}.fc", "linear", (32, 16 + 8 * n), bias=True) for n in range(4)]
@@ -202,8 +203,9 @@ class _Stopping(Observer):
             raise _StopError
 
 
-def settings_of(rows: Path, out: Path, **changes: Any) -> GLoRASearchConfig:
+def settings_of(model: str, rows: Path, out: Path, **changes: Any) -> GLoRASearchConfig:
     values: dict[str, Any] = {
+        "model": model,
         "data": {"path": str(rows)},
         "targets": {"include": ["q_proj"], "layers": "0-1"},
         "steps": 4,
@@ -220,21 +222,28 @@ def settings_of(rows: Path, out: Path, **changes: Any) -> GLoRASearchConfig:
 
 
 @pytest.mark.slow
-def test_the_recipe_finds_an_adapter_within_the_budget_and_resumes_to_the_same(rows: Path, tmp_path: Path) -> None:
-    whole = glora_search.run(settings_of(rows, tmp_path / "whole"))
+def test_the_recipe_finds_an_adapter_within_the_budget_and_resumes_to_the_same(
+    small: str, rows: Path, tmp_path: Path
+) -> None:
+    whole = glora_search.run(settings_of(small, rows, tmp_path / "whole"))
     assert 1 <= whole.parameters <= 2000 and whole.evaluated == 8 and whole.reused == 0
     assert whole.validation_loss == pytest.approx(-whole.history[-1], rel=1e-4)
     assert json.loads((tmp_path / "whole" / "search.json").read_text())["choices"] == whole.choices
-    host = Host(load("nano"))
+    host = Host(load(small))
     loaded = host.load(whole.adapter, "found")
     layout = loaded.layout
     chosen = {name: str(layout.methods[name].choice_at(site)) for name, site in layout.sites.items()}  # type: ignore[attr-defined]
     assert chosen == whole.choices
+    known = lineage_of(loaded)
+    assert known.recipe is not None and known.base is not None and known.data is not None
+    assert (known.recipe["name"], known.recipe["rank"]) == ("glora search", 2)
+    assert known.recipe["validation_loss"] == pytest.approx(whole.validation_loss, rel=1e-4)
+    assert known.data.path == str(rows)
     for after in (2, 7):  # in the supernet's training, and among the scores
         with pytest.raises(_StopError):
-            glora_search.run(settings_of(rows, tmp_path / "stopped"), _Stopping(after))
-    again = glora_search.run(settings_of(rows, tmp_path / "stopped"))
+            glora_search.run(settings_of(small, rows, tmp_path / "stopped"), _Stopping(after))
+    again = glora_search.run(settings_of(small, rows, tmp_path / "stopped"))
     assert again.reused > 0
     assert (again.choices, again.history, again.test_loss) == (whole.choices, whole.history, whole.test_loss)
     with pytest.raises(StorageError, match="other settings"):
-        glora_search.run(settings_of(rows, tmp_path / "stopped", seed=1))
+        glora_search.run(settings_of(small, rows, tmp_path / "stopped", seed=1))

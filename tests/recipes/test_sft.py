@@ -52,12 +52,19 @@ def same(a: Path, b: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one) and curve(a) == curve(b)
 
 
-@pytest.mark.parametrize("method", [{"name": "lora", "rank": 4, "dropout": 0.1}, {"name": "dora", "rank": 2}])
+DROPPING, DORA = {"name": "lora", "rank": 4, "dropout": 0.1}, {"name": "dora", "rank": 2}
+
+
+@pytest.mark.parametrize(
+    ("method", "steps"),
+    [(DROPPING, (1, 2, 3, 5)), (DORA, (3,)), pytest.param(DORA, (1, 2, 5), marks=pytest.mark.slow)],
+    ids=["lora", "dora", "dora elsewhere"],
+)
 def test_a_run_stopped_after_any_step_and_resumed_equals_the_undisturbed_one_bit_for_bit(
-    config: MakeConfig, tmp_path: Path, method: dict[str, Any]
+    config: MakeConfig, tmp_path: Path, method: dict[str, Any], steps: tuple[int, ...]
 ) -> None:
     whole = sft.run(config(method=method, out=str(tmp_path / "whole")))
-    for step in (1, 2, 3, 5):
+    for step in steps:
         path = tmp_path / f"stopped-{step}"
         with pytest.raises(StoppedError):
             sft.run(config(method=method, out=str(path)), StopAt(step))

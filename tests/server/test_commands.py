@@ -87,6 +87,7 @@ def test_where_it_listens_is_a_document_with_json(tmp_path):
     assert server.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_there_is_a_sentence(tmp_path):
     words = ["serve", "--model", "no-such-model", "--port", "0", "--data-dir", str(tmp_path / "d")]
     done = subprocess.run(

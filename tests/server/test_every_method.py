@@ -63,6 +63,16 @@ def server(tmp_path_factory, gpt2):
     made.stop()
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A server whose backbone is quantised so coarsely that it can be seen."""
+    made = InThread(
+        tmp_path_factory.mktemp("packed"), quantize="nf2,double=false", deterministic=True, long_poll_seconds=5
+    )
+    yield made
+    made.stop()
+
+
 def metadata(name):
     """As the SDK sends it: texts."""
     wanted = SETTINGS.get(name, {"rank": 2} if "rank" in all_methods()[name].model_fields else {})
@@ -158,3 +168,26 @@ def test_adalora_without_its_number_of_steps_is_told_at_the_first_step_and_loses
     path = run.save_state("kept").result().path
     again = service.create_training_client_from_state_with_optimizer(path).result()
     assert again.forward(DATA, "cross_entropy").result().metrics["loss:sum"] == norms[0]
+
+
+def test_loftq_restores_what_a_served_base_lost_trains_and_survives_its_engine(service, packed):
+    full = logprobs(service.create_lora_training_client("nano", rank=16, seed=1).result())
+    tenant = packed.client()
+
+    def make(**settings):
+        return tenant.create_lora_training_client("nano", rank=16, seed=1, user_metadata=settings).result()
+
+    plain, calm, killed = make(method="lora"), make(method="loftq"), make(method="loftq")
+    gaps = [np.abs(logprobs(run) - full).mean() for run in (plain, calm)]
+    assert gaps[1] < 0.8 * gaps[0]
+    assert train(calm, "loftq", 2) == train(killed, "loftq", 2)
+    after = train(calm, "loftq")
+    os.kill(packed.server.backbones.find("nano").pid, signal.SIGKILL)
+    assert train(killed, "loftq") == after
+    assert np.isfinite(after).all() and after[2] < after[0]
+    path = killed.save_state("here").result().path
+    again = tenant.create_training_client_from_state_with_optimizer(path).result()
+    assert train(again, "loftq") == train(calm, "loftq")
+    for settings in ({"iterations": "2"}, {"config": '{"start": "principal"}'}):
+        with pytest.raises(tinker.TinkerError, match="chooses the codes of site"):
+            make(method="loftq", **settings)

@@ -38,10 +38,10 @@ def process(tmp_path, flags):
 clients: list[tinker.ServiceClient] = []
 
 
-def curve(process, steps, disturb=None):
+def curve(process, steps, disturb=None, metadata=None):
     """The losses of a run; `disturb` is called before each step."""
     client = tinker.ServiceClient(base_url=process.url, api_key=process.key)
-    run = client.create_lora_training_client("nano", rank=4, seed=3).result()
+    run = client.create_lora_training_client("nano", rank=4, seed=3, user_metadata=metadata).result()
     losses = []
     for i in range(steps):
         if disturb is not None:
@@ -68,6 +68,18 @@ def test_a_kill_changes_no_bit_of_the_loss_curve(process, what):
     before = sampler.compute_logprobs(prompt).result()
     process.kill(what)
     assert sampler.compute_logprobs(prompt).result() == before, "a snapshot can be sampled after a restart"
+
+
+@pytest.mark.parametrize("settings", [{"method": "adalora", "steps": "8"}, {"method": "lora_pro"}], ids=str)
+def test_a_kill_of_both_loses_nothing_that_a_method_keeps_between_steps(process, settings):
+    undisturbed = curve(process, 8, metadata=settings)[1]
+
+    def disturb(i):
+        if i in (3, 5):
+            threading.Timer(0.05, process.kill, ["both"]).start()
+
+    assert curve(process, 8, disturb, settings)[1] == undisturbed
+    time.sleep(1)  # the last kill may come after the last step
 
 
 def test_fifty_kills_at_random_moments_change_no_bit(process):

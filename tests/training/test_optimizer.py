@@ -16,8 +16,8 @@ from lorica.adapters.layout import Layout
 from lorica.adapters.targets import Targets, select
 from lorica.core.errors import ConfigError, FormatError, MethodError
 from lorica.methods import make_method
-from lorica.models import tiny
 from lorica.training.optimizer import AdamStep, AdamWConfig, AdapterOptimizer, ScheduleName, schedule
+from tests.tiny import tiny
 
 
 def adapter(method: str, **fields: object) -> Adapter:

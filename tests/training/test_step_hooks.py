@@ -16,8 +16,8 @@ from lorica.core.site import Site
 from lorica.core.update import ParamSpec
 from lorica.methods.base import Step
 from lorica.methods.lora import LoRA
-from lorica.models import tiny
 from lorica.training.optimizer import AdamStep, AdapterOptimizer
+from tests.tiny import tiny
 
 
 class Counting(LoRA):

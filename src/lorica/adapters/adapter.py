@@ -42,6 +42,9 @@ class Adapter:
         seed: the seed of its initial values and of its dropout masks.
         base: fingerprint of the backbone it was made for.
         meta: provenance that travels with the adapter's files.
+        folder: where it was read from or last written to, which it may no longer equal; empty where there is none.
+        held: it acts and is not trained: no gradient is formed, no dropout drawn and no pass counted, so that nothing
+            of it changes while another adapter is trained on top of it.
         forwards: number of forward passes in training; dropout masks are a function of (seed, forwards, site).
     """
 
@@ -53,6 +56,8 @@ class Adapter:
         self.seed = seed
         self.base = base
         self.meta: dict[str, Any] = {}
+        self.folder = ""
+        self.held = False
         self.forwards = 0
         self.flat: Tensor = torch.zeros(layout.size, dtype=dtype)
         self.frozen: dict[str, dict[str, Tensor]] = {}
@@ -150,8 +155,10 @@ class Adapter:
         return leaf
 
     def update(self, site: str, weight: BaseWeight) -> Update:
-        """The site's update, differentiable with respect to this adapter's leaves while gradients are on."""
-        tensors = self.tensors if torch.is_grad_enabled() else self.values
+        """The site's update, differentiable with respect to this adapter's leaves while gradients are on, and never
+        where it is `held`.
+        """
+        tensors = self.values if self.held or not torch.is_grad_enabled() else self.tensors
         own = tensors(site)
         params = {**tensors(GLOBAL), **own} if GLOBAL in self.layout.specs else own
         return self.layout.methods[site].lower(self.layout.sites[site], params, weight)

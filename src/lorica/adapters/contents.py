@@ -1,7 +1,7 @@
-"""What an adapter folder holds, read without the base that it belongs to; and how far it moves a base that is at hand.
+"""What an adapter folder holds, read without the base that it belongs to.
 
-In: a folder, and perhaps a loaded adapter with its backbone. Out: plain records: method, settings, base, groups of
-tensors, relative change of each group of weights. Refuses to know how they are shown, and never changes a file.
+In: a folder. Out: plain records: method, settings, base, groups of tensors, values that are not finite included.
+Refuses to know how they are shown and what the values do, and never changes a file.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lorica.adapters.adapter import Adapter
-from lorica.adapters.fold import blocks, doubled, fold_weight, rows_of, work_device
 from lorica.adapters.folder import WEIGHTS, read_folder
 from lorica.adapters.peft_keys import OWN, PREFIX
-from lorica.core.update import LinearUpdate
-from lorica.models.backbone import Backbone
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -30,7 +25,7 @@ class TensorGroup:
     """Tensors whose names differ in layer and expert numbers alone.
 
     Attributes: `name` has `*` for each number; `shapes` are those that occur; `rms` is the root mean square of all
-    values and `largest` the largest magnitude.
+    finite values and `largest` the largest magnitude; `not_finite` counts NaN and infinity.
     """
 
     name: str
@@ -39,6 +34,7 @@ class TensorGroup:
     values: int
     rms: float
     largest: float
+    not_finite: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +71,11 @@ class Contents:
 
 
 def read_contents(path: str | Path) -> Contents:
-    """Read a folder that Lorica or PEFT wrote. Raises MissingError, FormatError as loading it does."""
+    """Read a folder that Lorica or PEFT wrote. Values that are not finite are counted. Raises MissingError, FormatError
+    as loading it does.
+    """
     folder = Path(path)
-    tensors, config, own = read_folder(folder)
+    tensors, config, own = read_folder(folder, finite=False)
     record: Mapping[str, Any] = own or {}
     not_peft = record.get("not_peft")
     found = {key: value for key, value in config.items() if value not in (None, False, "", [], {})}
@@ -100,18 +98,21 @@ def read_contents(path: str | Path) -> Contents:
 
 def _groups(tensors: Mapping[str, Tensor]) -> Iterable[TensorGroup]:
     gathered: dict[str, list[Tensor]] = {}
-    for key in sorted(tensors, key=_natural):
+    for key in sorted(tensors, key=natural):
         gathered.setdefault(_INDEX.sub("*", _short(key)), []).append(tensors[key])
     for name, members in gathered.items():
         values = sum(t.numel() for t in members)
-        square = sum(float(t.double().square().sum()) for t in members)
+        finite = [t.double()[t.isfinite()] for t in members]
+        kept = sum(t.numel() for t in finite)
+        square = sum(float(t.square().sum()) for t in finite)
         yield TensorGroup(
             name=name,
             count=len(members),
             shapes=tuple(sorted({tuple(t.shape) for t in members})),
             values=values,
-            rms=(square / values) ** 0.5 if values else 0.0,
-            largest=max((float(t.abs().max()) for t in members if t.numel()), default=0.0),
+            rms=(square / kept) ** 0.5 if kept else 0.0,
+            largest=max((float(t.abs().max()) for t in finite if t.numel()), default=0.0),
+            not_finite=values - kept,
         )
 
 
@@ -122,38 +123,6 @@ def _short(key: str) -> str:
     return key
 
 
-def _natural(key: str) -> list[tuple[int, str]]:
+def natural(key: str) -> list[tuple[int, str]]:
     """Layer 10 behind layer 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key)]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """How far sites of one role are moved: the mean and the largest `‖W' − W‖ / ‖W‖` (Frobenius norms)."""
-
-    role: str
-    sites: int
-    mean: float
-    largest: float
-
-
-@torch.no_grad()
-def relative_changes(adapter: Adapter, backbone: Backbone) -> tuple[Change, ...]:
-    """The change that merging would make to each role's weights; roles without weights (prompts, prefixes) are absent.
-
-    Computed in float64, by blocks of rows: time and memory of a merge, and the base is not written to.
-    """
-    found: dict[str, list[float]] = {}
-    for name, site in adapter.layout.sites.items():
-        update = adapter.update(name, backbone.weight(name))
-        if not isinstance(update, LinearUpdate):
-            continue
-        weight = backbone.weight(name).matrix()
-        exact = doubled(update, work_device(weight))
-        moved = whole = 0.0
-        for rows in blocks(weight.shape):
-            old = weight[rows].to(device=work_device(weight), dtype=torch.float64)
-            moved += float((fold_weight(old, [rows_of(exact, rows)]) - old).square().sum())
-            whole += float(old.square().sum())
-        found.setdefault(site.role, []).append((moved / whole) ** 0.5 if whole else 0.0)
-    return tuple(Change(role, len(all_), sum(all_) / len(all_), max(all_)) for role, all_ in found.items())

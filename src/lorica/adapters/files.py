@@ -35,7 +35,9 @@ def save_adapter(adapter: Adapter, backbone: Backbone, path: Path) -> Path:
     not stored. Raises StorageError when the disk is full or cannot be written, ConfigError for meta that is not JSON.
     """
     tensors, config = encode(adapter, backbone)
-    return write_folder(path, tensors, {CONFIG: config, OWN: record_of(adapter, backbone)})
+    written = write_folder(path, tensors, {CONFIG: config, OWN: record_of(adapter, backbone)})
+    adapter.folder = str(path.resolve())
+    return written
 
 
 def record_of(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
@@ -71,21 +73,26 @@ def record_of(adapter: Adapter, backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def load_adapter(path: Path, backbone: Backbone, name: str, *, from_quantized: bool = False) -> Adapter:
+def load_adapter(
+    path: Path, backbone: Backbone, name: str, *, from_quantized: bool = False, finite: bool = True
+) -> Adapter:
     """Read an adapter folder, Lorica's or PEFT's, for a backbone. Nothing is executed: pickles are refused.
 
-    With `from_quantized`, one is taken too that was trained beside quantised weights of this very backbone.
+    With `from_quantized`, one is taken too that was trained beside quantised weights of this very backbone. With
+    `finite=False`, one is taken whose values are not finite, to be looked at.
 
     Raises MissingError when there is no folder, FormatError when a file is missing, corrupt or not finite, or a
     setting would have to be ignored, MismatchError when it belongs to another base, MethodError for methods that
     Lorica lacks.
     """
-    tensors, config, own = read_folder(path)
+    tensors, config, own = read_folder(path, finite=finite)
     file = path / WEIGHTS
     if own is None:
-        return from_peft(config, tensors, backbone, name, file, path / CONFIG).to(device=backbone.device)
-    adapter = described(own, backbone, name, path / OWN, from_quantized=from_quantized)
-    decode(adapter, config, tensors, backbone, file)
+        adapter = from_peft(config, tensors, backbone, name, file, path / CONFIG)
+    else:
+        adapter = described(own, backbone, name, path / OWN, from_quantized=from_quantized)
+        decode(adapter, config, tensors, backbone, file)
+    adapter.folder = str(path.resolve())
     return adapter.to(device=backbone.device)
 
 

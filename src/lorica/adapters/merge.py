@@ -26,6 +26,7 @@ from lorica.adapters.fold import (
     work_device,
 )
 from lorica.adapters.foldable import dtype_name, folding_plan
+from lorica.adapters.parents import folded
 from lorica.adapters.probe import Difference, beside, compare, probe_inputs
 from lorica.adapters.requantize import Rounding, fold_packed
 from lorica.core.errors import MergeError
@@ -83,7 +84,7 @@ class Merge:
     Memory: a copy of every changed tensor is kept until `undo`, on its device, because arithmetic could not give back
     the last bits; of fused experts, the adapted slices alone. With `keep=False` only the updates are kept after
     `apply`, and `undo` subtracts and divides them again, to within the dtype's rounding: of weights around 0.3, 3e-8 in
-    float32 and 2e-3 in bfloat16.
+    float32 and 2e-3 in bfloat16. Meanwhile the backbone's `lineage` says what is in its weights.
     """
 
     def __init__(self, backbone: Backbone, stack: tuple[Adapter, ...], *, keep: bool = True) -> None:
@@ -94,6 +95,7 @@ class Merge:
         self._folded: dict[str, list[LinearUpdate]] = {}
         self._rounding: dict[str, Rounding] = {}
         self._away = False
+        self._lineage = backbone.lineage
 
     @torch.no_grad()
     def apply(self) -> MergeReport:
@@ -101,6 +103,7 @@ class Merge:
         if self._kept or self._folded:
             raise MergeError("This stack is merged already; call undo() first.")
         plan = folding_plan(self.backbone, self.stack, undoable=not self.keep)
+        lineage = folded(self.backbone, self.stack).to_meta()
         found: dict[str, Difference] = {}
         self._rounding = {}
         try:
@@ -111,6 +114,7 @@ class Merge:
             raise
         finally:
             self.backbone.invalidate()
+        self._lineage, self.backbone.lineage = self.backbone.lineage, lineage
         if not self.keep:
             self._kept = []
             for name, updates in plan.items():  # copied: the adapters may be trained on
@@ -136,6 +140,7 @@ class Merge:
             self._unfold(self.backbone.sites[name], updates)
         self._folded = {}
         self._restore()
+        self.backbone.lineage = self._lineage
         self.backbone.invalidate()
 
     @contextmanager

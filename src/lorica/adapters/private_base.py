@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
+from lorica.adapters.alternation import Alternation, alternate
 from lorica.adapters.layout import Layout
+from lorica.adapters.lineage import Base
+from lorica.adapters.parents import born, lineage_of_weights
 from lorica.adapters.targets import Targets, select
 from lorica.core.errors import MethodError
 from lorica.core.site import Site
-from lorica.methods.loftq import Alternation, LoftQ
+from lorica.methods.loftq import LoftQ
 from lorica.models.backbone import Backbone
 from lorica.models.quantize.apply import format_for, quantize_backbone
 from lorica.models.quantize.config import Quantization
@@ -53,8 +56,9 @@ def private_base(
     """Pack a backbone (the one given is spent) with LoftQ's alternation at every adapted site, and plainly elsewhere.
 
     At each site the iterate with the least error is kept, codes and factors. With one iteration the codes are the plain
-    ones. The adapter acts on the returned backbone and on no other, unless that is so. Raises MethodError where no
-    adapted site would be packed, ConfigError, TargetError, FormatError.
+    ones, unless it starts from principal directions (QPiSSA). The adapter acts on the returned backbone and on no
+    other, unless that is so. Raises MethodError where no adapted site would be packed, ConfigError, TargetError,
+    FormatError.
     """
     spec = targets or Targets()
     methods = Layout(method, select(backbone.sites, method, spec)).methods
@@ -65,16 +69,21 @@ def private_base(
         own, weight_OI = methods.get(site.name), weight_OI.to(device or weight_OI.device)
         if not isinstance(own, LoftQ):
             return packed_as(form, weight_OI)
-        found[site.name] = own.alternate(weight_OI, form, torch.Generator().manual_seed(seed))
+        rng = torch.Generator().manual_seed(seed)
+        found[site.name] = alternate(weight_OI, form, own.rank, own.iterations, rng, own.steps, start=own.start)
         return found[site.name].packed
 
+    made_of = lineage_of_weights(backbone)
     packed = quantize_backbone(backbone, quantization, device=device, pack=pack)
     if not found:
         raise MethodError(
             f"LoftQ adapts no site whose weight is packed as {quantization}, so there is nothing to choose together."
         )
     layout = Layout(method, select(packed.sites, method, spec))
-    adapter = Adapter(name, layout, seed=seed, base=packed.fingerprint())
+    settings = {"quantize": str(quantization), "method": {"name": method.name, **method.model_dump(mode="json")}}
+    made_of = made_of.replace(base=Base(packed.name, packed.origin), how="pack with loftq", settings=settings)
+    packed.lineage = made_of.to_meta()
+    adapter = born(Adapter(name, layout, seed=seed, base=packed.fingerprint()), packed)
     for site_name, site in layout.sites.items():
         own = layout.methods[site_name]
         if site_name in found and isinstance(own, LoftQ):

@@ -7,7 +7,7 @@ A pattern that selects nothing is an error that names near misses. Refuses to kn
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -50,6 +50,12 @@ class Targets(Config):
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _single(cls, value: Any) -> Any:
+        """YAML reads `layers: 3` as a number."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
     @classmethod
     def of(cls, value: Targets | str | Sequence[str] | Mapping[str, Any] | None) -> Targets:
         """A specification from what users write: None is the method's default, a string or a list is `include`."""
@@ -69,7 +75,8 @@ def select(sites: Mapping[str, Site], method: Method, targets: Targets) -> dict[
     include = [
         part for entry in targets.include for part in (_defaults(sites, method) if entry == "default" else (entry,))
     ]
-    layers = _layers(targets.layers, sites.values()) if targets.layers is not None else None
+    present = {site.layer for site in sites.values() if site.layer is not None}
+    layers = layer_numbers(targets.layers, present) if targets.layers is not None else None
     chosen: set[str] = set()
     for entry in include:
         found = _matches(entry, sites, method)
@@ -158,8 +165,8 @@ def _resolve(site: Site, method: Method, targets: Targets, used: set[str]) -> Me
     return method.replace(**changes) if changes else method
 
 
-def _layers(text: str, sites: Iterable[Site]) -> set[int]:
-    """Indices of `0-3,7`. Raises TargetError for bad syntax and for layers that do not exist."""
+def layer_numbers(text: str, present: Collection[int]) -> set[int]:
+    """Layers of `0-3,7`. Raises TargetError for bad syntax and for layers that are not present."""
     match = re.fullmatch(r"\s*\d+(-\d+)?(\s*,\s*\d+(-\d+)?)*\s*", text)
     if match is None:
         raise TargetError(f"Layers {text!r} is not a list such as '0-3,7'.")
@@ -167,8 +174,7 @@ def _layers(text: str, sites: Iterable[Site]) -> set[int]:
     for part in text.split(","):
         first, _, last = part.partition("-")
         wanted |= set(range(int(first), int(last or first) + 1))
-    present = {site.layer for site in sites if site.layer is not None}
-    if not wanted or not wanted <= present:
+    if not wanted or not wanted <= set(present):
         raise TargetError(
             f"Layers {text!r} are not all in this backbone, which has layers 0 to {max(present, default=-1)}."
         )

@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorica.cli.output import duration, emit, json_option, say, table, wants_colour
+from lorica.cli.output import duration, emit, json_option, table, wants_colour
 
 if TYPE_CHECKING:
-    from lorica.recipes.compare_report import Comparison
+    from lorica.recipes.compare.report import Comparison
 
 FLAGS = {
     "model": "model",
@@ -78,18 +78,16 @@ def command(
     if wrong is not None:
         raise click.UsageError(f"{wrong!r} is not of the form KEY=VALUE; methods are given with --methods.")
     config = _config(settings, methods, flags)
+    from lorica.cli.stages import StageObserver
     from lorica.recipes import compare
 
-    class Shown(_Progress, compare.Observer):
-        pass
-
-    with Shown(quiet=as_json) as observer:
+    with StageObserver(quiet=as_json) as observer:
         found = compare.run(config, out, observer, save_adapters=save_adapters)
     emit(found.to_dict(), "" if as_json else _render(found), as_json=as_json)
 
 
 def _config(settings: tuple[str, ...], methods: str, flags: dict[str, Any]) -> Any:
-    from lorica.recipes.compare_config import CompareConfig, split
+    from lorica.recipes.compare.config import CompareConfig, split
     from lorica.recipes.config import override
 
     given = {key: value for key, value in flags.items() if value is not None}
@@ -101,55 +99,8 @@ def _config(settings: tuple[str, ...], methods: str, flags: dict[str, Any]) -> A
     return CompareConfig.parse(override(values, settings))
 
 
-class _Progress:
-    """A bar on a terminal, a line for each stage elsewhere, nothing with `--json`."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def say(self, text: str) -> None:
-        """A sentence of the recipe."""
-        if not self.quiet:
-            self._close()
-            say(text)
-
-    def stage(self, text: str, total: int) -> None:
-        """A stage of the recipe begins."""
-        if self.quiet:
-            return
-        self._close()
-        if not sys.stderr.isatty():
-            say(f"» {text}")
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True, no_color=None if wants_colour(sys.stderr) else True)
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console)
-        self._bar.start()
-        self._task = self._bar.add_task(text, total=total)
-
-    def advance(self, units: int) -> None:
-        """So much of the stage is done."""
-        if self._bar is not None:
-            self._bar.advance(self._task, units)
-
-
 def _render(found: Comparison) -> str:
-    from lorica.recipes.compare_report import HEADERS, cells, conditions, remarks
+    from lorica.recipes.compare.report import HEADERS, cells, conditions, remarks
 
     lines = cells(found)
     parts = [_rich(HEADERS, lines) if sys.stdout.isatty() else table(HEADERS, lines), "", conditions(found)]

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from lorica.cli.output import say
+
 if TYPE_CHECKING:
     from lorica.client.local import Service
+    from lorica.data.example import Example
     from lorica.data.render import Renderer
     from lorica.models.backbone import Backbone
     from lorica.sampling.params import SamplingParams
@@ -103,7 +106,23 @@ def open_service(
     names = tuple(unique_names(adapters))
     for name, path in zip(names, adapters, strict=True):
         service.host.load(path, name, from_quantized=from_quantized)
+    if not click.get_current_context().params.get("as_json"):
+        _say_what_is_absent(service, names)
     return service, names
+
+
+def _say_what_is_absent(service: Service, names: Sequence[str]) -> None:
+    """A warning for each adapter that was trained on top of others which do not act beneath it here."""
+    from lorica.adapters.lineage import parent_at
+    from lorica.adapters.parents import lineage_of, missing_beneath
+
+    adapters = [service.host.adapter(name) for name in names]
+    for index, adapter in enumerate(adapters):
+        if lineage_of(adapter).of("stacked-on"):
+            absent = missing_beneath(adapter, [parent_at(below.folder, "stacked-on") for below in adapters[:index]])
+            if absent:
+                on = ", ".join(parent.path or f"an unsaved {parent.method}" for parent in absent)
+                say(f"warning: {adapter.name} was trained on top of {on}, which does not act beneath it here.")
 
 
 def unique_names(paths: Sequence[str]) -> list[str]:
@@ -137,3 +156,19 @@ def cut(text: str, stops: Sequence[str]) -> str:
     """The text up to the first stop text in it."""
     ends = [at for at in (text.find(stop) for stop in stops if stop) if at >= 0]
     return text[: min(ends)] if ends else text
+
+
+def read_sets(
+    paths: Sequence[str], renderer: Renderer, max_length: int, *, quiet: bool
+) -> dict[str, Sequence[Example]]:
+    """The rows of data files as examples, by file; what was cut is said unless `quiet`. Raises DataError."""
+    from lorica.data.records import load_records
+    from lorica.data.render import prepare
+
+    found: dict[str, Sequence[Example]] = {}
+    for name, path in zip(unique_names(paths), paths, strict=True):
+        ready = prepare(load_records(path), renderer, max_length)
+        if ready.truncation is not None and ready.truncation.count and not quiet:
+            say(f"{path}: {ready.truncation.sentence()}")
+        found[name] = ready.examples
+    return found

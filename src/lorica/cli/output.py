@@ -6,14 +6,15 @@ In: plain values and text. Out: text with colour on a terminal only, never with 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import click
+
+from lorica.core.jsonable import plain
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document; stderr holds errors only.")
 
@@ -70,19 +71,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def plain(value: Any) -> Any:
-    """Values fit for JSON: paths as texts, sets sorted, numbers that are not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(inner) for key, inner in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(map(plain, value))
-    if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def size(count: float) -> str:

@@ -52,7 +52,7 @@ def command(
     """
     if data is not None and prompts:
         raise click.UsageError("Give --prompt or --data, not both.")
-    asked = _from_file(data, limit) if data is not None else [(text, None) for text in prompts or _from_stdin()]
+    asked = from_file(data, limit) if data is not None else [(text, None) for text in prompts or _from_stdin()]
     service, names = open_service(model, adapters, dtype, device)
     renderer = make_renderer(service.host.backbone)
     if not raw and not getattr(renderer.tokenizer, "chat_template", None):
@@ -64,7 +64,7 @@ def command(
     answers: list[dict[str, Any]] = []
     for start in range(0, len(asked), BATCH):
         batch = asked[start : start + BATCH]
-        tokens = [renderer.prompt(_as_prompt(prompt, raw)) for prompt, _ in batch]
+        tokens = [renderer.prompt(as_prompt(prompt, raw)) for prompt, _ in batch]
         for (prompt, expected), sample in zip(batch, client.sample(tokens, settings), strict=True):
             text, stopped = renderer.parse(sample.tokens)
             text = cut(text, stops)
@@ -86,7 +86,8 @@ def _show(answer: dict[str, Any], *, alone: bool) -> None:
     click.echo(f"{answer['text']}\n")
 
 
-def _as_prompt(prompt: Any, raw: bool) -> Any:
+def as_prompt(prompt: Any, raw: bool) -> Any:
+    """What a renderer's `prompt` takes: turns, or with `raw` a text."""
     if isinstance(prompt, str):
         return prompt if raw else [{"role": "user", "content": prompt}]
     if raw:
@@ -103,7 +104,8 @@ def _from_stdin() -> Sequence[str]:
     return [text]
 
 
-def _from_file(path: str, limit: int | None) -> list[tuple[Any, str | None]]:
+def from_file(path: str, limit: int | None) -> list[tuple[Any, str | None]]:
+    """The prompts of a data file's first rows, each with the answer that the file gives."""
     from lorica.data.records import load_records
 
     return [_asked(record) for record in load_records(path).records[:limit]]

@@ -52,20 +52,6 @@ def _values(settings: tuple[str, ...], flags: dict[str, Any]) -> dict[str, Any]:
     return override({**values, **given}, settings)
 
 
-def _observer(quiet: bool) -> Any:
-    from lorica.recipes.compare_ready import Observer
-
-    class Shown(Observer):
-        def say(self, text: str) -> None:
-            if not quiet:
-                say(text)
-
-        def stage(self, text: str, total: int) -> None:
-            self.say(f"» {text} ({total:,})")
-
-    return Shown()
-
-
 @click.group()
 def command() -> None:
     """Search GLoRA's configurations, or for an intrinsic dimension."""
@@ -84,11 +70,13 @@ def glora(settings: tuple[str, ...], largest: int | None, as_json: bool, **flags
     \b
     lorica search glora --data everyday:train --largest 200000 --out runs/glora
     """
+    from lorica.cli.stages import StageObserver
     from lorica.recipes import glora_search
 
     budget = [] if largest is None else [f"evolution.largest={largest}"]
     config = glora_search.GLoRASearchConfig.parse(_values((*budget, *settings), flags))
-    report = glora_search.run(config, _observer(as_json))
+    with StageObserver(quiet=as_json) as observer:
+        report = glora_search.run(config, observer)
     if not as_json:
         say(table(("site", "A,B,C,D,E"), list(report.choices.items())))
         say(
@@ -112,10 +100,12 @@ def d90(settings: tuple[str, ...], as_json: bool, **flags: Any) -> None:
     \b
     lorica search d90 --data everyday:train --metric probability --out runs/d90
     """
+    from lorica.cli.stages import StageObserver
     from lorica.recipes import intrinsic_search
 
     config = intrinsic_search.IntrinsicSearchConfig.parse(_values(settings, flags))
-    report = intrinsic_search.run(config, _observer(as_json))
+    with StageObserver(quiet=as_json) as observer:
+        report = intrinsic_search.run(config, observer)
     if not as_json:
         rows = [(row.dimension or "all", row.metric, row.lr, len(row.tried)) for row in (*report.rows, report.full)]
         say(table(("dimension", report.metric, "learning rate", "rates tried"), rows))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ FLAGS = {
     "batch_size": "batch_size",
     "lr": "optimizer.lr",
     "seed": "seed",
+    "continue_from": "continue_from",
+    "stack_on": "stack_on",
     "position_scale": "position_scale",
     "quantize": "quantize",
     "track": "track",
@@ -48,9 +51,11 @@ FLAGS = {
 @click.option(
     "--quantize", metavar="KIND[,KEY=VALUE]", help="Pack the base's linear weights: nf4 (QLoRA), nvfp4, nf3, …"
 )
+@click.option("--continue", "continue_from", metavar="ADAPTER", help="Train this adapter further, in a run of its own.")
+@click.option("--stack-on", multiple=True, metavar="ADAPTER", help="Train on top of it; several are stacked in order.")
 @click.option("--track", help="Also send metrics to wandb, trackio or tensorboard.")
 @click.option("--dry-run", is_flag=True, help="Show config, data, what would be trained and memory; write nothing.")
-@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Continue the run in DIR.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="DIR", help="Go on with the interrupted run in DIR.")
 @json_option
 def command(
     settings: tuple[str, ...], method: str | None, dry_run: bool, resume: Path | None, as_json: bool, **flags: Any
@@ -64,8 +69,10 @@ def command(
     lorica train --model nano --data rows.jsonl --out runs/first
     lorica train quickstart method.rank=4 steps=50
     lorica train --resume runs/first
+    lorica train --continue runs/first/adapter --data more.jsonl --out runs/further
+    lorica train --stack-on runs/first/adapter --data other.jsonl --out runs/second
     """
-    given = {key: value for key, value in flags.items() if value is not None}
+    given = {key: value for key, value in flags.items() if value not in (None, ())}
     if resume is not None:
         if settings or given or method or dry_run:
             raise click.UsageError("--resume takes its settings from the run directory; give nothing else with it.")
@@ -90,7 +97,9 @@ def _config(settings: tuple[str, ...], method: str | None, given: dict[str, Any]
     overrides += [part for part in settings if "=" in part]
     if not files and not any(part.startswith(("data=", "data.path=")) for part in overrides):
         raise click.UsageError("Nothing to train on: give a config, or --data FILE.")
-    return read_config(find_config(files[0]) if files else None, overrides, {"method": {"name": "lora"}})
+    named = any(part.startswith("method.") for part in overrides)
+    default = {"method": {"name": "lora"}} if named else {}
+    return read_config(find_config(files[0]) if files else None, overrides, default)
 
 
 def _dry_run(config: Any, as_json: bool) -> None:
@@ -107,6 +116,7 @@ def _dry_run(config: Any, as_json: bool) -> None:
         str(summary.data).rstrip(),
         "\n# what would be trained",
         table(("site", "kind", "shape", "sites", "parameters"), rows),
+        *_begins(summary.config),
         _share(trained),
         f"{summary.steps} steps of {config.batch_size} examples.",
         "\n# memory, estimated",
@@ -141,6 +151,17 @@ def _share(trained: Any) -> str:
     )
 
 
+def _begins(config: Mapping[str, Any]) -> list[str]:
+    """What a run begins with that is no new adapter on the plain base."""
+    lines = []
+    if config["continue_from"] is not None:
+        kept = "method, sites and values are kept; optimiser and schedule begin anew."
+        lines.append(f"It continues the adapter in {config['continue_from']}: {kept}")
+    if config["stack_on"]:
+        lines.append(f"It is stacked on {', '.join(config['stack_on'])}, frozen in every pass.")
+    return lines
+
+
 def _train(config: Any, out: Path, as_json: bool) -> None:
     """Run or resume, report, and exit with 130 when it was interrupted."""
     from lorica.cli.progress import ProgressObserver
@@ -151,7 +172,8 @@ def _train(config: Any, out: Path, as_json: bool) -> None:
         def prepared(self, plan: sft.Plan) -> None:
             if not self.quiet:
                 summary = summarise(plan, memory=False, colour=wants_colour(sys.stderr))
-                self.talk(f"{summary.data}\n\n{_share(summary.trained)}")
+                begins = "".join(f"{line}\n" for line in _begins(summary.config))
+                self.talk(f"{summary.data}\n\n{begins}{_share(summary.trained)}")
             super().prepared(plan)
 
     resume = f"lorica train --resume {shell(out)}"
@@ -169,8 +191,7 @@ def _train(config: Any, out: Path, as_json: bool) -> None:
         if outcome.interrupted:
             say(f"Interrupted; the checkpoint is in {outcome.path}. Continue the run with:\n  {resume}")
         else:
-            model = f"{_model(outcome.path)} --adapter {shell(str(outcome.adapter))}"
-            say(f"Curve in {outcome.path / 'loss.png'}. Try it with:\n  lorica chat {model}")
+            say(f"Curve in {outcome.path / 'loss.png'}. Try it with:\n  lorica chat {_model(outcome)}")
     document = {
         "path": outcome.path,
         "adapter": outcome.adapter,
@@ -188,13 +209,15 @@ def _train(config: Any, out: Path, as_json: bool) -> None:
         raise SystemExit(130)
 
 
-def _model(run: Path) -> str:
-    """The options that open a run's base again."""
+def _model(outcome: Any) -> str:
+    """The options that open a run's base again with its adapter, and what that was trained on top of."""
     from lorica.recipes.config import read_config
 
-    if (run / "base").is_dir():  # made together with the adapter
-        return f"--model {shell(str(run / 'base'))}"
+    run = outcome.path
     config = read_config(run / "config.yaml")
+    adapters = "".join(f" --adapter {shell(str(folder))}" for folder in (*config.stack_on, outcome.adapter))
+    if (run / "base").is_dir():  # made together with the adapter
+        return f"--model {shell(str(run / 'base'))}{adapters}"
     scale = f" --position-scale {config.position_scale:g}" if config.position_scale != 1 else ""
     packed = "" if config.quantize is None else f" --quantize {shell(str(config.quantize))}"
-    return f"--model {shell(config.model)}{scale}{packed}"
+    return f"--model {shell(config.model)}{scale}{packed}{adapters}"

@@ -7,7 +7,7 @@ and terminals.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from lorica.adapters.adapter import Adapter
+from lorica.adapters.lineage import Data
+from lorica.adapters.parents import note_training
 from lorica.core.errors import DataError, FormatError, MethodError
 from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item, Result
@@ -24,6 +26,9 @@ from lorica.methods.base import Method
 from lorica.models.backbone import Backbone
 from lorica.sampling.params import SamplingParams
 from lorica.training.optimizer import AdamWConfig, AdapterOptimizer
+
+Beneath = str | Path | Adapter
+"""An adapter to stand on: its folder, or itself where it is resident."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +68,46 @@ class Service:
         seed: int = 0,
         optimizer: AdamWConfig | None = None,
         steps: int | None = None,
+        on: Sequence[Beneath] = (),
     ) -> TrainingClient:
-        """A new adapter and a client that trains it for `steps` optimiser steps. Raises TargetError, MethodError."""
-        adapter = self.host.add(name, method, targets, seed=seed)
-        return TrainingClient(self, adapter, optimizer or AdamWConfig(), steps)
+        """A new adapter and a client that trains it for `steps` optimiser steps.
+
+        `on` stacks it: these adapters, folders or resident ones, innermost first, act frozen in every pass beneath the
+        new one, which alone is trained and saved. Raises TargetError, MethodError; for folders FormatError,
+        MismatchError.
+        """
+        beneath = self._held(on)
+        adapter = self.host.add(name, method, targets, seed=seed, on=beneath)
+        return TrainingClient(self, adapter, optimizer or AdamWConfig(), steps, beneath)
 
     def continue_client(
-        self, path: str | Path, *, name: str = "default", optimizer: AdamWConfig | None = None, steps: int | None = None
+        self,
+        path: str | Path,
+        *,
+        name: str = "default",
+        optimizer: AdamWConfig | None = None,
+        steps: int | None = None,
+        on: Sequence[Beneath] = (),
     ) -> TrainingClient:
-        """A client that trains an adapter folder further, with a fresh optimiser. Raises FormatError, MismatchError."""
-        return TrainingClient(self, self.host.load(path, name), optimizer or AdamWConfig(), steps)
+        """A client that trains what is in an adapter folder further: the same method and sites, starting from its
+        values, its seed and what its method counts, with a fresh optimiser and schedule.
+
+        `on` are the adapters that it was trained on top of, if any. Raises FormatError, MismatchError, MethodError.
+        """
+        beneath = self._held(on)
+        adapter = self.host.continue_from(path, name, on=beneath)
+        return TrainingClient(self, adapter, optimizer or AdamWConfig(), steps, beneath)
+
+    def _held(self, on: Sequence[Beneath]) -> tuple[Adapter, ...]:
+        """The adapters of a stack, folders read once however many clients stand on them."""
+        found = []
+        for which in on:
+            if isinstance(which, Adapter):
+                found.append(which)
+                continue
+            name = f"beneath {Path(which).resolve()}"
+            found.append(self.host.adapters.get(name) or self.host.load(which, name))
+        return self.host.hold(found)
 
     def forward_backward(self, batches: Sequence[tuple[TrainingClient, Sequence[Example]]]) -> list[Loss]:
         """One joint call for several clients, whatever their methods, in micro-batches that they share; each client's
@@ -86,7 +121,9 @@ class Service:
                 raise DataError(
                     f"No token of the batch for {client.adapter.name!r} is trained: every loss weight is zero."
                 )
-        results = iter(self.engine.forward_backward([Item(e, c.adapter) for c, examples in batches for e in examples]))
+            if client.adapter.held:
+                raise MethodError(f"Adapter {client.adapter.name!r} is held beneath another one, so it is not trained.")
+        results = iter(self.engine.forward_backward([Item(e, c.stack) for c, examples in batches for e in examples]))
         losses = [_loss(examples, [next(results) for _ in examples]) for _, examples in batches]
         for (client, _), loss in zip(batches, losses, strict=True):
             client.weight += loss.weight
@@ -102,12 +139,20 @@ class TrainingClient:
     """Trains one adapter: `forward_backward` accumulates, `optim_step` applies.
 
     Attributes: `weight` is the total absolute loss weight that the accumulated gradient stands for; `waiting` says
-    whether there is one.
+    whether there is one. `stack` is what acts in every pass: held adapters, innermost first, and the trained one.
     """
 
-    def __init__(self, service: Service, adapter: Adapter, optimizer: AdamWConfig, steps: int | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        adapter: Adapter,
+        optimizer: AdamWConfig,
+        steps: int | None,
+        beneath: Sequence[Adapter] = (),
+    ) -> None:
         self.service = service
         self.adapter = adapter
+        self.stack = (*beneath, adapter)
         self.optimizer = AdapterOptimizer(adapter, optimizer, steps=steps)
         self.weight = 0.0
         self.waiting = False
@@ -119,7 +164,7 @@ class TrainingClient:
 
     def forward(self, examples: Sequence[Example]) -> Loss:
         """The loss alone, dropout off."""
-        return _loss(examples, self.service.engine.forward([Item(e, self.adapter) for e in examples]))
+        return _loss(examples, self.service.engine.forward([Item(e, self.stack) for e in examples]))
 
     def optim_step(self) -> Step:
         """One step on the gradient accumulated since the last one, divided by `weight` (a mean over trained tokens).
@@ -134,8 +179,8 @@ class TrainingClient:
         return Step(norm, lr)
 
     def sampling_client(self) -> SamplingClient:
-        """Samples from the adapter as it is at each call."""
-        return SamplingClient(self.service, self.adapter)
+        """Samples from the adapter, and what is beneath it, as it is at each call."""
+        return SamplingClient(self.service, self.stack)
 
     def state(self) -> dict[str, Any]:
         """All that continues this client exactly: adapter, optimiser, schedule, counters, torch's random state."""
@@ -168,8 +213,12 @@ class TrainingClient:
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"])
 
+    def note(self, recipe: Mapping[str, Any], data: Data | None = None) -> None:
+        """Say in the adapter's lineage what trains it (`name` and settings, as JSON) and on which rows."""
+        note_training(self.adapter, self.service.host.backbone, recipe, data)
+
     def save(self, path: str | Path) -> Path:
-        """Write the adapter as a folder that PEFT reads, where PEFT has the method."""
+        """Write the adapter, without what is beneath it, as a folder that PEFT reads, where PEFT has the method."""
         return self.service.host.save(path, self.adapter)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from lorica.adapters.targets import Targets
 from lorica.client.words import RESERVED
 from lorica.core.errors import ConfigError, DataError, FormatError, LoricaError, MissingError
+from lorica.data.example import Example
 from lorica.methods.base import Method
 from lorica.methods.lora import LoRA
 
@@ -97,6 +98,60 @@ class ServiceClient(tinker.ServiceClient):  # type: ignore[misc]
             body = {"base_model": base_model, "overwrite": overwrite}
             return str(_told(http.post(f"/adapters/{name}", json=body))["tinker_path"])
 
+    def merge(
+        self,
+        paths: Sequence[str],
+        name: str,
+        how: str,
+        *,
+        weights: Sequence[float] | None = None,
+        rank: int | None = None,
+        overwrite: bool = False,
+        **parameters: Any,
+    ) -> str:
+        """Combine checkpoints of one base by a rule of `lorica merge`; the path to sample, continue and stack it by.
+
+        Args:
+            paths: of the parents, in order. name: of the result. how: `ties`, `task_arithmetic` …
+            weights: one for each parent. rank: most ranks a site keeps. parameters: of the rule, `density=0.3`.
+
+        Raises: MissingError for a path that is not there, DataError for what the server refuses.
+        """
+        body: dict[str, Any] = {
+            "paths": list(paths),
+            "name": name,
+            "how": how,
+            "parameters": parameters,
+            "weights": None if weights is None else list(weights),
+            "rank": rank,
+            "overwrite": overwrite,
+        }
+        with self._http() as http:
+            return str(_told(http.post("/merge", json=body))["tinker_path"])
+
+    def inspect(
+        self,
+        path: str,
+        against: Sequence[str] = (),
+        *,
+        intruders: bool = False,
+        top: int = 10,
+        threshold: float = 0.5,
+    ) -> dict[str, Any]:
+        """What `lorica inspect --json` finds in a checkpoint, beside others. Raises MissingError, DataError."""
+        search = {"intruders": intruders, "top": top, "threshold": threshold}
+        body = {"path": path, "against": list(against), **search}
+        with self._http() as http:
+            return _told(http.post("/inspect", json=body))
+
+    def delete(self, path: str) -> None:
+        """Remove a checkpoint of this key's own. Raises MissingError."""
+        run, kind, name = path.removeprefix("tinker://").split("/")
+        with self._http() as http:
+            response = http.delete(f"/training_runs/{run}/checkpoints/{kind}/{name}")
+            if not response.is_success:
+                _told(response)
+
     def list_adapters(self) -> Iterator[Any]:
         """Every checkpoint of this key, newest first, as the SDK's `Checkpoint`: saved, exported and uploaded ones."""
         offset = 0
@@ -115,6 +170,11 @@ class ServiceClient(tinker.ServiceClient):  # type: ignore[misc]
                 hint="Give base_url and api_key, or set TINKER_BASE_URL and TINKER_API_KEY.",
             )
         return httpx.Client(base_url=f"{self._url}/api/v1", headers={"X-API-Key": self._key}, timeout=300)
+
+
+def prompt_of(example: Example) -> Any:
+    """An example's tokens as the SDK sends a prompt."""
+    return tinker.types.ModelInput.from_ints(list(example.tokens))
 
 
 def metadata_of(

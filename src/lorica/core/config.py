@@ -32,8 +32,10 @@ class Config(BaseModel):
         return cls(**values)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed, validated again."""
-        return type(self)(**{**{k: getattr(self, k) for k in type(self).model_fields}, **changes})
+        """A copy with some fields changed, validated again; a field that nobody has set is not set in it either."""
+        return type(self)(
+            **{**{k: getattr(self, k) for k in type(self).model_fields if k in self.model_fields_set}, **changes}
+        )
 
 
 def _explain(cls: type[BaseModel], error: ValidationError) -> str:

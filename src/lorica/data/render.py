@@ -118,9 +118,7 @@ class Renderer:
         Raises DataError naming the record's line: no assistant turn, no trained token, a conversation that the template
         refuses, or a template that renders earlier turns differently once later ones follow.
         """
-        if isinstance(record, Completion) and self._completions_as_chat:
-            said = ({"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.completion})
-            record = Chat(said, record.where)
+        record = self.turned(record)
         if isinstance(record, Chat):
             return self._chat(record)
         if isinstance(record, Completion):
@@ -130,6 +128,13 @@ class Renderer:
         body = self._raw(record.text)
         body = body if body and body[-1] == self._eos(record) else [*body, self._eos(record)]
         return self._checked(body, [1.0] * len(body), record.where)
+
+    def turned(self, record: Record) -> Record:
+        """A completion that is rendered as two turns, as these turns; any other record as it is."""
+        if isinstance(record, Completion) and self._completions_as_chat:
+            said = ({"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.completion})
+            return Chat(said, record.where)
+        return record
 
     def prompt(self, messages: Sequence[Message] | str, *, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Tokens up to where the assistant begins to speak: exactly a prefix of the training example that answers them.

@@ -126,7 +126,8 @@ class AttentionHub:
         return [sum(own[adapter] for adapter in stack) for stack in route.stacks_for(rows)]
 
     def _prefix_length(self, adapter: Adapter) -> int:
-        site = next((site for site in adapter.layout.sites.values() if site.kind == "attention"), None)
+        sites, acts = adapter.layout.sites.values(), self.executor.acts
+        site = next((site for site in sites if site.kind == "attention" and acts(adapter, site.name)), None)
         update = None if site is None else self.executor.lowered(adapter, site.name)
         return update.key_PHK.shape[0] if isinstance(update, PrefixKV) else 0
 

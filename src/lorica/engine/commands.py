@@ -44,7 +44,8 @@ class Datum(msgspec.Struct, frozen=True):
 
 class RunSpec(msgspec.Struct, frozen=True):
     """All that a run starts from. `method` is a registered name and `config` its fields; `targets` are a `Targets`'
-    fields. With `parent`, an artifact folder of an adapter, values and method come from there.
+    fields. With `parent`, an artifact folder of an adapter, values and method come from there; `parent_name` is what
+    its client calls it.
     """
 
     method: str
@@ -52,6 +53,7 @@ class RunSpec(msgspec.Struct, frozen=True):
     targets: dict[str, Any] = {}
     seed: int = 0
     parent: str | None = None
+    parent_name: str = ""
 
 
 class Adam(msgspec.Struct, frozen=True):
@@ -116,12 +118,13 @@ class Save(Command, frozen=True):
 
 class Load(Command, frozen=True):
     """Replace the run's adapter by the one in artifact folder `path`; with `optimizer` its optimiser too, else a fresh
-    one. Accumulated gradients are dropped. Replies `Opened`.
+    one. Accumulated gradients are dropped. `name` is what its client calls it. Replies `Opened`.
     """
 
     run: str
     path: str
     optimizer: bool
+    name: str = ""
 
 
 class Snapshot(Command, frozen=True):
@@ -160,6 +163,34 @@ class Sample(Command, frozen=True):
     topk_prompt: int = 0
     topk_sample: int = 0
     stream: bool = False
+
+
+class Combine(Command, frozen=True):
+    """Make one adapter of those in artifact folders `adapters` by rule `how`, and write it to folder `path`. Replies
+    `Saved`, with what `Opened` tells and a `report`. `names` are what the parents are called in the result's lineage.
+    """
+
+    adapters: list[str]
+    names: list[str]
+    how: str
+    path: str
+    settings: dict[str, Any] = {}
+    weights: list[float] | None = None
+    rank: int | None = None
+
+
+class Inspect(Command, frozen=True):
+    """Describe the adapter in an artifact folder, beside others; with `intruders` count those among the `top` leading
+    vectors whose cosine is below `threshold`. Replies `Inspected`.
+    """
+
+    adapter: str
+    name: str
+    against: list[str] = []
+    against_names: list[str] = []
+    intruders: bool = False
+    top: int = 10
+    threshold: float = 0.5
 
 
 class Cancel(Command, frozen=True):
@@ -223,6 +254,12 @@ class Saved(Reply, frozen=True):
     info: dict[str, Any] = {}
 
 
+class Inspected(Reply, frozen=True):
+    """What `lorica inspect --json` prints."""
+
+    report: dict[str, Any]
+
+
 class Closed(Reply, frozen=True):
     """Done, nothing to tell."""
 
@@ -276,8 +313,10 @@ class Stats(Reply, frozen=True):
     values: dict[str, float]
 
 
-Commands = Open | Train | Step | Save | Load | Snapshot | Close | Sample | Cancel | Drain
-Replies = Ready | Opened | Trained | Stepped | Saved | Closed | Sampled | Progress | Failed | Stats
+Asides = Combine | Inspect
+"""What is asked of folders and the frozen base: it waits for no run, and no run waits for it."""
+Commands = Open | Train | Step | Save | Load | Snapshot | Close | Sample | Combine | Inspect | Cancel | Drain
+Replies = Ready | Opened | Trained | Stepped | Saved | Inspected | Closed | Sampled | Progress | Failed | Stats
 
 _ENCODER = msgspec.msgpack.Encoder()
 _COMMANDS: msgspec.msgpack.Decoder[Commands] = msgspec.msgpack.Decoder(Commands)

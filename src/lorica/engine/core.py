@@ -98,6 +98,8 @@ class EngineCore:
             raise RouteError("The engine is stopping and takes nothing new.")
         elif isinstance(command, commands.Sample):
             self.samplers.add(command)
+        elif isinstance(command, commands.Asides):
+            raise RouteError("A command for folders is no work for a turn; `aside` does it.")
         elif command.id in self._commands:
             raise RouteError(f"Command {command.id} is here already; every command needs an id of its own.")
         elif isinstance(command, commands.Train):
@@ -187,7 +189,9 @@ class EngineCore:
         if isinstance(command, commands.Open):
             return _opened(command.id, runs.open(command.run, command.spec, command.snapshot))
         if isinstance(command, commands.Load):
-            return _opened(command.id, runs.load(command.run, command.path, optimizer=command.optimizer))
+            return _opened(
+                command.id, runs.load(command.run, command.path, optimizer=command.optimizer, named=command.name)
+            )
         if isinstance(command, commands.Step):
             adam = command.adam
             step = AdamStep(adam.lr, (adam.beta1, adam.beta2), adam.eps, adam.weight_decay, adam.clip)

@@ -70,9 +70,10 @@ class Updates:
 
     def folded(self, executor: Executor, site: str, stack: Stack, dtype: torch.dtype) -> Folded | None:
         """A stack's update at a site; None where it has no folded form."""
-        own = self._folds.setdefault(stack, {})
+        acting = tuple(adapter for adapter in stack if executor.acts(adapter, site))
+        own = self._folds.setdefault(acting, {})
         if (site, dtype) not in own:
-            updates = [executor.lowered(adapter, site) for adapter in stack if site in adapter.layout.sites]
+            updates = [executor.lowered(adapter, site) for adapter in acting]
             linear = [u for u in updates if isinstance(u, LinearUpdate)]
             found = fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING
             if found is not None and found.B_RO is not None and dtype.itemsize > 2:

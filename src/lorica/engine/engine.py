@@ -79,7 +79,8 @@ class Engine:
         stacks = self.host.stacks([item.adapter for item in items])
         data, lengths, totals = self._check(items, stacks)
         alone = not self.trunk.packs()
-        adapters = dict.fromkeys(adapter for stack in stacks for adapter in stack) if backward else {}
+        trained = [adapter for stack in stacks for adapter in stack if backward and not adapter.held]
+        adapters = dict.fromkeys(trained)
         before = {adapter: (adapter.grad.clone(), adapter.forwards) for adapter in adapters}
         for adapter in adapters:
             adapter.forwards += 1

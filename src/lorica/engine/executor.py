@@ -54,7 +54,8 @@ class Executor:
     Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the
     dtype of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's
     second pass; `window` is the span of packed positions that sites see, None for all of them; `memo` keeps lowered
-    updates while no adapter can change (a generation), None otherwise.
+    updates while no adapter can change (a generation), None otherwise; `muted` are adapters with sites at which they do
+    not act.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -64,6 +65,11 @@ class Executor:
         self.recomputing = False
         self.window: tuple[int, int] | None = None
         self.memo: dict[tuple[str, Adapter], Update] | None = None
+        self.muted: frozenset[tuple[Adapter, str]] = frozenset()
+
+    def acts(self, adapter: Adapter, site: str) -> bool:
+        """Whether an adapter acts at a site."""
+        return site in adapter.layout.sites and (adapter, site) not in self.muted
 
     def work(self, site: Site, leading: int) -> list[Work]:
         """What to do at a site whose flattened leading axis has `leading` positions; empty where only the base acts."""
@@ -139,7 +145,7 @@ class Executor:
         lowered: dict[Adapter, Update] = {}
         work = []
         for segment in segments:
-            levels = [level for level, adapter in enumerate(segment.stack) if site.name in adapter.layout.sites]
+            levels = [level for level, adapter in enumerate(segment.stack) if self.acts(adapter, site.name)]
             if not levels:
                 continue
             updates, drops = [], []

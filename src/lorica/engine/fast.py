@@ -125,7 +125,7 @@ def _is_bare(norm: nn.Module, adapters: Sequence[Adapter]) -> bool:
     if before is None:
         return True
     ours = isinstance(before, NormForward) and before.previous is None
-    return ours and not any(before.site.name in adapter.layout.sites for adapter in adapters)
+    return ours and not any(before.executor.acts(adapter, before.site.name) for adapter in adapters)
 
 
 def frozen_maps(executor: Executor, module: nn.Module) -> FrozenMaps | None:

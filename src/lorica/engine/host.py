@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
+from lorica.adapters.lineage import parent_at
+from lorica.adapters.parents import born, check_beneath, stacked
 from lorica.adapters.targets import Targets, select
 from lorica.core.errors import MergeError, RouteError, did_you_mean
 from lorica.engine.attention import AttentionHub
@@ -88,13 +90,46 @@ class Host:
         *,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        on: RowSpec = None,
     ) -> Adapter:
-        """Make a new adapter with the method's initial values. It acts once it is activated or routed."""
+        """Make a new adapter with the method's initial values. It acts once it is activated or routed.
+
+        With `on`, it is to be trained on top of these, which are held from now on, and its lineage says so; activate
+        `(*on, name)`.
+        """
+        beneath = self.hold(on)
         layout = self.layout(method, targets)
         adapter = Adapter(name, layout, seed=seed, base=self.backbone.fingerprint(), dtype=dtype)
         with self.backbone.original_at_hand():
             adapter.initialise(self.backbone.weight)
-        return self.put(adapter.to(device=self.backbone.device))
+        self.put(adapter.to(device=self.backbone.device))
+        return born(adapter, self.backbone, *stacked(beneath, self.backbone))
+
+    def continue_from(self, path: str | Path, name: str = "default", *, on: RowSpec = None) -> Adapter:
+        """Read an adapter folder to train further what is in it, as a new adapter: its lineage begins at the folder.
+
+        `on` as in `add`. Raises FormatError, MismatchError as `load`; MethodError where it was trained on top of others
+        and `on` does not name them in their order.
+        """
+        beneath = stacked(self.hold(on), self.backbone)
+        adapter = self.load(path, name)
+        try:
+            check_beneath(adapter, beneath)
+        except BaseException:
+            self.delete(name)
+            raise
+        return born(adapter, self.backbone, parent_at(path, "continued-from"), *beneath)
+
+    def hold(self, adapters: RowSpec) -> Stack:
+        """Let resident adapters, innermost first, act from now on without being trained; see `Adapter.held`.
+
+        Raises MethodError where one was trained on top of others that are not beneath it.
+        """
+        stack = self._stack(adapters)
+        stacked(stack, self.backbone)
+        for adapter in stack:
+            adapter.held = True
+        return stack
 
     def layout(self, method: Method, targets: TargetSpec = None) -> Layout:
         """The layout of a method over targets; adapters of equal method and targets share it."""
@@ -302,6 +337,11 @@ class Host:
         self._merge = merge
         self._hooks.route(None)
         return report
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are folded into the weights now."""
+        return () if self._merge is None else tuple(adapter.name for adapter in self._merge.stack)
 
     def unmerge(self) -> None:
         """Restore the weights bit for bit, and activate again what was merged."""

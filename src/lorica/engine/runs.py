@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,6 +19,8 @@ from torch import Tensor
 from lorica.adapters import files
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import GLOBAL, Layout
+from lorica.adapters.lineage import parent_at
+from lorica.adapters.parents import born, check_beneath
 from lorica.adapters.targets import Targets
 from lorica.core.errors import FormatError, LoricaError, MissingError, RouteError, did_you_mean
 from lorica.core.storage import replacing_folder, storage
@@ -136,8 +138,9 @@ class Runs:
                 raise FormatError(f"{path} does not say what kind of run it holds.")
             self._runs[name] = Run(name, info, file=path)
             return self._runs[name]
-        adapter = self._made(name, spec) if spec.parent is None else self._loaded(name, spec.parent)
-        return self._settle(Run(name, _info(adapter)), adapter)
+        came = spec.parent
+        adapter = self._made(name, spec) if came is None else self._loaded(name, came, spec.parent_name)
+        return self._settle(Run(name, described(adapter)), adapter)
 
     def get(self, name: str, keep: Collection[str] = ()) -> Run:
         """A run with its tensors on the device; others may leave it, but none of `keep`. Raises MissingError for one
@@ -210,16 +213,16 @@ class Runs:
         size = sum(file.stat().st_size for file in target.iterdir() if file.is_file())
         return size, {**run.info, "base": adapter.base, "seed": adapter.seed, "optimizer": state}
 
-    def load(self, name: str, path: str, *, optimizer: bool) -> Run:
-        """Replace a run's adapter by a folder's; accumulated gradients are dropped."""
+    def load(self, name: str, path: str, *, optimizer: bool, named: str = "") -> Run:
+        """Replace a run's adapter by a folder's, which its client calls `named`; accumulated gradients are dropped."""
         run = self.find(name)
-        adapter = self._loaded(name, path)
+        adapter = self._loaded(name, path, named)
         made = AdapterOptimizer(adapter)
         if optimizer:
             made = self._continued(adapter, self.root / path)
         self._leave(run)
         run.changed()
-        run.state, run.mark, run.accumulated, run.info = None, None, False, _info(adapter)
+        run.state, run.mark, run.accumulated, run.info = None, None, False, described(adapter)
         self._hosted.drop(name)
         return self._settle(run, adapter, made)
 
@@ -303,10 +306,15 @@ class Runs:
         adapter.meta[TARGETS] = targets.model_dump(mode="json")
         with backbone.original_at_hand():
             adapter.initialise(backbone.weight)
-        return self._shared(adapter.to(device=backbone.device))
+        return born(self._shared(adapter.to(device=backbone.device)), backbone)
 
-    def _loaded(self, name: str, path: str) -> Adapter:
-        return self._shared(files.load_adapter(self.root / path, self.host.backbone, _key(name)))
+    def _loaded(self, name: str, path: str, named: str) -> Adapter:
+        """An adapter that goes on from a folder's. Its lineage has the client's name of that, no path of the server."""
+        folder, backbone = self.root / path, self.host.backbone
+        adapter = files.load_adapter(folder, backbone, _key(name))
+        check_beneath(adapter, ())  # a run has nothing beneath it
+        parent = replace(parent_at(folder, "continued-from"), path=named)
+        return born(self._shared(adapter), backbone, parent)
 
     def _adapter(self, name: str, state: State, file: Path) -> Adapter:
         """The adapter that a state describes, with its values."""
@@ -351,7 +359,7 @@ def _digest(layout: Layout) -> str:
     return hashlib.sha256(repr(places).encode()).hexdigest()[:16]
 
 
-def _info(adapter: Adapter) -> dict[str, Any]:
+def described(adapter: Adapter) -> dict[str, Any]:
     """What `Opened` tells of a run."""
     method, names = adapter.method, [name for name in adapter.layout.sites if name != GLOBAL]
     return {

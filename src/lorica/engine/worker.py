@@ -37,13 +37,16 @@ class Wire:
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._file = self._socket.makefile("rb", buffering=1 << 16)
+        self._lock = threading.Lock()
 
     def send(self, *replies: commands.Frame) -> None:
+        """Whole frames, from any thread."""
         parts = []
         for reply in replies:
             content = commands.encode(reply)
             parts += [LENGTH.pack(len(content)), content]
-        self._socket.sendall(b"".join(parts))
+        with self._lock:
+            self._socket.sendall(b"".join(parts))
 
     def receive(self) -> commands.Commands | None:
         """The next command; None at the end."""
@@ -100,11 +103,21 @@ def _read(wire: Wire, inbox: queue.SimpleQueue[commands.Commands]) -> None:
 
 def serve(core: EngineCore, wire: Wire, inbox: queue.SimpleQueue[commands.Commands]) -> None:
     """Take what has come, do one turn, send what came of it; for ever."""
+    from lorica.engine.aside import Aside
+
+    aside = Aside(core.host.backbone, core.settings, wire.send)
+
+    def take(command: commands.Commands) -> None:
+        if isinstance(command, commands.Asides):
+            aside.submit(command)
+        else:
+            core.submit(command)
+
     while True:
         if not core.busy:
-            core.submit(inbox.get())
+            take(inbox.get())
         while not inbox.empty():
-            core.submit(inbox.get())
+            take(inbox.get())
         replies = core.turn()
         if replies:
             wire.send(*replies)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 from lorica.core.errors import MethodError, did_you_mean
+from lorica.core.registry import classes_in
 from lorica.methods.base import Method, Paper
 
 __all__ = ["Method", "Paper", "all_methods", "get_method", "make_method"]
@@ -18,13 +15,7 @@ __all__ = ["Method", "Paper", "all_methods", "get_method", "make_method"]
 @cache
 def all_methods() -> dict[str, type[Method]]:
     """Every registered method class by name, sorted."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    classes = [entry.load() for entry in entry_points(group="lorica.methods")]
-    for module in modules:
-        classes += [
-            item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__
-        ]
-    found = [item for item in classes if issubclass(item, Method) and not inspect.isabstract(item)]
+    found = [item for item in classes_in(__name__, __path__, "lorica.methods") if issubclass(item, Method)]
     return {item.name: item for item in sorted(found, key=lambda item: item.name)}
 
 

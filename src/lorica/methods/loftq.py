@@ -1,15 +1,13 @@
-"""LoftQ: LoRA that starts from what quantising took from each weight.
+"""LoftQ: LoRA that starts from what quantising took from each weight; and QPiSSA, which quantises what LoRA leaves.
 
-In: a packed weight and its residual; or a full weight and a format, for codes and factors that are chosen together.
-Out: factors whose product restores the weight as far as their rank allows. Refuses to know rows, optimisers and how
-the full weights are reached.
+In: a packed weight and its residual. Out: factors whose product restores the weight as far as their rank allows.
+Refuses to know rows, optimisers, how the full weights are reached, and how codes are chosen (`adapters.alternation`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -22,23 +20,6 @@ from lorica.core.update import LinearUpdate, LowRank, ParamSpec
 from lorica.methods.base import BaseWeight, Paper, PeftNames
 from lorica.methods.lora import LearningRates, check_rank, uniform
 from lorica.methods.pissa import Triplets, leading
-from lorica.models.quantize.formats import Format, Packed
-from lorica.models.quantize.functions import packed_as
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Alternation:
-    """The best iterate: codes and triplets of its low-rank part, whose number is `chosen`. `errors[t]` is `‖W − Q_t −
-    L_t‖` after t iterations, Frobenius; `errors[0]` is that of the plain codes alone.
-    """
-
-    packed: Packed
-    triplets: Triplets
-    errors: tuple[float, ...]
-
-    @property
-    def chosen(self) -> int:
-        return min(range(1, len(self.errors)), key=self.errors.__getitem__)
 
 
 class LoftQ(LearningRates):
@@ -47,10 +28,12 @@ class LoftQ(LearningRates):
     With `U Σ Vᵀ ≈ W − Q` (the r largest), `B = U √(Σ/s)` [out, r] and `A = √(Σ/s) Vᵀ` [r, in]: the division by √s,
     which the published code lacks, makes the start the same for every α (rsLoRA: `s = α/√r`). With `iterations: 1` Q is
     the plain quantised base, shared by all, and its full weights have to be at hand. More iterations quantise `W − sBA`
-    in turn with that; their best Q is a base of the adapter's own (`adapters.private_base`, `lorica train`). One
-    there in full has nothing to restore: it starts as LoRA's, B = 0. There is no dropout and no decay (the factors
-    carry a part of the base). Parameters: r(in + out) a site. Raises MethodError when the rank exceeds a site or a
-    shared base would have to change, MissingError without the full weights. Paper: arXiv 2310.08659.
+    in turn with that; their best Q is a base of the adapter's own (`adapters.private_base`, `lorica train`). With
+    `start: principal` (QPiSSA, arXiv 2404.02948; five iterations there) `U Σ Vᵀ ≈ W` is first and Q has the rest, in
+    turn, ending with Q: always a base of its own. A weight there in full has nothing to restore: it starts as LoRA's,
+    B = 0. There is no dropout and no decay (the factors carry a part of the base). Parameters: r(in + out) a site.
+    Raises MethodError when the rank exceeds a site or a shared base would have to change, MissingError without the full
+    weights. Paper: arXiv 2310.08659.
     """
 
     name: ClassVar[str] = "loftq"
@@ -75,10 +58,20 @@ class LoftQ(LearningRates):
     iterations: int = Field(
         1, ge=1, description="alternations T; 1 leaves the base as it is, more need a base of the adapter's own"
     )
+    start: Literal["rounding", "principal"] = Field(
+        "rounding",
+        description="what the factors begin with: what quantising took, or (QPiSSA, on a base of its own) the "
+        "principal directions of the weight, of which codes keep the rest",
+    )
     svd: Literal["exact", "lowrank"] = Field(
         "exact", description="full decomposition, or seeded subspace iteration (faster, nearly equal)"
     )
     niter: int = Field(4, ge=0, description="power iterations of `svd: lowrank`")
+
+    @property
+    def private(self) -> bool:
+        """Whether it chooses the codes of a packed weight, so that nobody else can share them."""
+        return self.iterations > 1 or self.start == "principal"
 
     def scaling(self) -> float:
         """`α/r`, or `α/√r` with rsLoRA."""
@@ -95,19 +88,22 @@ class LoftQ(LearningRates):
         residual_OI = weight.residual()
         if residual_OI is None:
             return {"A": uniform(self.params(site)["A"].shape, math.prod(site.shape[1:]) ** -0.5, rng)}
-        if self.iterations > 1:
+        if self.private:
+            how = f"{self.iterations} iterations" if self.iterations > 1 else "start: principal"
             raise MethodError(
-                f"LoftQ with {self.iterations} iterations chooses the codes of site {site.name!r} anew, and this base "
-                "is one that others share.",
-                hint="Leave `iterations` at 1, or train with a base of its own: `lorica train` makes one.",
+                f"LoftQ with {how} chooses the codes of site {site.name!r} anew, and this base is one that others "
+                "share.",
+                hint="Leave `iterations` at 1 and `start` at rounding, or train with a base of its own: `lorica train` "
+                "makes one.",
             )
-        return self.factors(leading(residual_OI, self.rank, self._niter, rng))
+        return self.factors(leading(residual_OI, self.rank, self.steps, rng))
 
     def lower(self, site: Site, p: Mapping[str, Tensor], weight: BaseWeight) -> LinearUpdate:
         return LinearUpdate(factors=(LowRank(p["A"], p["B"], self.scaling()),))
 
     @property
-    def _niter(self) -> int | None:
+    def steps(self) -> int | None:
+        """Steps of the subspace iteration; None decomposes exactly."""
         return None if self.svd == "exact" else self.niter
 
     def factors(self, triplets: Triplets) -> dict[str, Tensor]:
@@ -115,32 +111,3 @@ class LoftQ(LearningRates):
         U_OR, S_R, V_RI = triplets
         root_R = (S_R / self.scaling()).sqrt()
         return {"A": torch.where(root_R > 0, root_R, 3**-0.5)[:, None] * V_RI, "B": U_OR * root_R}
-
-    def alternate(self, W_OI: Tensor, form: Format, rng: torch.Generator) -> Alternation:
-        """Codes and factors of one weight together; see `alternate`."""
-        return alternate(W_OI, form, self.rank, self.iterations, rng, self._niter)
-
-
-def alternate(
-    W_OI: Tensor, form: Format, rank: int, iterations: int, rng: torch.Generator, niter: int | None = None
-) -> Alternation:
-    """`Q_t = Q(W − L_{t−1})`, `L_t = SVD_r(W − Q_t)` for t = 1 … `iterations`, from `L_0 = 0`; the best of them.
-
-    The error is not monotone in t. W is [out, in] of any dtype, Q_t in that dtype; `rank` 0 is plain quantising.
-    Raises FormatError for values that are not finite.
-    """
-    wide = torch.promote_types(W_OI.dtype, torch.float32)
-    W, L_OI = W_OI.to(wide), torch.zeros_like(W_OI, dtype=wide)
-    errors: list[float] = []
-    best: tuple[Packed, Triplets] | None = None
-    for _ in range(iterations):
-        packed = packed_as(form, W - L_OI)
-        residual_OI = W - packed.dense(W_OI.dtype).to(wide)
-        errors = errors or [float(residual_OI.norm())]
-        triplets = leading(residual_OI, rank, niter, rng)
-        L_OI = (triplets[0] * triplets[1]) @ triplets[2]
-        errors.append(float((residual_OI - L_OI).norm()))
-        if best is None or errors[-1] < min(errors[1:-1]):
-            best = packed, triplets
-    assert best is not None
-    return Alternation(*best, tuple(errors))

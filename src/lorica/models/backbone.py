@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lorica.core.errors import MethodError, MissingError, did_you_mean
 from lorica.core.site import Site
+from lorica.models.blocks import blocks_of
 from lorica.models.frozen import FrozenWeight
 from lorica.models.original import Original
 from lorica.models.parts import LanguageModel, language_model
@@ -45,6 +46,8 @@ class Backbone:
         kept: what others computed from the weights, by a name of theirs; emptied by `invalidate`.
         quantization: how its linear weights are stored; None where they are there in full.
         origin: fingerprint of the backbone that was quantised, or the empty string.
+        lineage: what its weights were made from, as those say who made them (`adapters.lineage`), None where nobody
+            does; it is saved with the weights.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class Backbone:
         self.name = name
         self.quantization = quantization
         self.origin = origin
+        self.lineage: dict[str, Any] | None = None
         self.family = str(getattr(getattr(module, "config", None), "model_type", None) or "custom")
         self.places = list_places(module)
         freeze(module)
@@ -96,6 +100,13 @@ class Backbone:
         """Where its first parameter is."""
         first = next((p.device for p in self.module.parameters()), None)
         return first or next((m.device for m in self.packed_modules()), torch.device("cpu"))
+
+    @property
+    def blocks(self) -> dict[int, nn.Module]:
+        """The blocks that the residual stream runs through, by number. Raises MethodError where it has no list of them,
+        or several.
+        """
+        return blocks_of(self.trunk, self.name)
 
     def packed_modules(self) -> Iterator[QuantizedLinear]:
         """The modules whose weight is packed."""
@@ -181,10 +192,12 @@ class Backbone:
         self.kept.clear()
 
     def requantized(self, module: nn.Module, quantization: Quantization, origin: str) -> Backbone:
-        """A backbone of the same name and tokenizer over another module."""
-        return Backbone(
+        """A backbone of the same name, tokenizer and lineage over another module."""
+        made = Backbone(
             module, name=self.name, tokenizer=self._make_tokenizer, quantization=quantization, origin=origin
         )
+        made.lineage = self.lineage
+        return made
 
     @property
     def transforms_logits(self) -> bool:

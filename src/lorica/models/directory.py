@@ -15,6 +15,8 @@ from typing import Any
 from lorica.core.errors import FormatError, MissingError
 
 CONFIG = "config.json"
+LINEAGE = "lorica_lineage.json"
+"""What the weights were made from, where Lorica made them; opaque here."""
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 
@@ -73,6 +75,12 @@ def check_safetensors(file: Path) -> None:
         raise FormatError(
             f"{file} is {'truncated' if size < wanted else 'corrupt'}: {size} bytes, and its header says {wanted}."
         )
+
+
+def read_lineage(path: Path) -> dict[str, Any] | None:
+    """What a directory says that its weights were made from; None where it says nothing. Raises FormatError."""
+    file = path / LINEAGE
+    return _json(file) if file.is_file() else None
 
 
 def has_tokenizer(path: Path) -> bool:

@@ -131,7 +131,7 @@ def make_tiny(
     if family not in FAMILIES and family not in RECIPES:
         raise MissingError(f"There is no tiny backbone {family!r}.{did_you_mean(family, FAMILIES)}")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # plain modules start their biases at random
+        torch.default_generator.manual_seed(seed)  # plain modules start their biases at random; other devices' stay
         if family in _PLAIN:
             if position_scale != 1:
                 raise MethodError(f"{family!r} has no rotary positions, so position_scale cannot stretch them.")

@@ -21,7 +21,7 @@ from torch import nn
 from lorica.core.errors import ConfigError, FormatError, LoricaError, MissingError, did_you_mean
 from lorica.models.backbone import Backbone
 from lorica.models.builtin import BUILTIN
-from lorica.models.directory import check_directory, has_tokenizer, read_config, weight_files
+from lorica.models.directory import check_directory, has_tokenizer, read_config, read_lineage, weight_files
 from lorica.models.positions import check_scale, check_scaled, scale_positions
 from lorica.models.quantize.apply import quantize_backbone
 from lorica.models.quantize.config import Quantization
@@ -76,6 +76,7 @@ def load_backbone(
         stored = sorted_out(read_state(weight_files(path)), setting)
     module = read_module(path, wanted, position_scale, stored)
     backbone = Backbone(module, name=name, tokenizer=(lambda: read_tokenizer(path)) if has_tokenizer(path) else None)
+    backbone.lineage = read_lineage(path)
     if stored is not None:
         backbone = restore_packed(backbone, stored, place)
     elif packed is not None:  # weight by weight, so that the device never holds them all in full

@@ -6,6 +6,7 @@ Refuses to know adapters, and to replace a directory that holds anything but a m
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,12 +15,12 @@ from safetensors import SafetensorError
 from lorica.core.errors import FormatError, MethodError, StorageError
 from lorica.core.storage import replacing_folder, storage
 from lorica.models.backbone import Backbone
-from lorica.models.directory import CONFIG
+from lorica.models.directory import CONFIG, LINEAGE
 from lorica.models.loading import quiet
 from lorica.models.quantize.directory import described
 
 KNOWN = frozenset(
-    {CONFIG, "generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "tokenizer.json"}
+    {CONFIG, LINEAGE, "generation_config.json", "model.safetensors.index.json", "chat_template.jinja", "tokenizer.json"}
     | {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"}
     | {"tokenizer.model", "preprocessor_config.json", "README.md"}
 )
@@ -27,7 +28,8 @@ KNOWN = frozenset(
 
 
 def save_backbone(backbone: Backbone, path: str | Path) -> Path:
-    """Write the network as it is now, in its dtype and with packed weights packed, and return the directory.
+    """Write the network as it is now, in its dtype and with packed weights packed, and return the directory. What is
+    known of where its weights come from is beside them, in `lorica_lineage.json`.
 
     It is written beside `path` and renamed, so a full disk or a kill leaves what was there before. An earlier model
     directory is replaced. Raises MethodError for a network that is no transformers model, StorageError for a disk that
@@ -52,6 +54,8 @@ def save_backbone(backbone: Backbone, path: str | Path) -> Path:
                 module.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
                 if tokenizer is not None:
                     tokenizer.save_pretrained(folder)
+                if backbone.lineage is not None:
+                    (folder / LINEAGE).write_text(json.dumps(backbone.lineage, indent=2) + "\n", encoding="utf-8")
         except (TypeError, ValueError, NotImplementedError) as error:
             raise FormatError(f"transformers cannot write {backbone.name!r}: {str(error).splitlines()[0]}") from error
     return target

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from functools import cache
 from typing import Any
 
 from lorica.core.errors import MissingError, did_you_mean
+from lorica.core.registry import classes_in
 from lorica.papers.base import Figure, PaperCheck, Verdict
 
 __all__ = ["Figure", "PaperCheck", "Verdict", "all_papers", "get_paper"]
@@ -17,17 +15,7 @@ __all__ = ["Figure", "PaperCheck", "Verdict", "all_papers", "get_paper"]
 @cache
 def all_papers() -> dict[str, PaperCheck[Any]]:
     """Every paper of the index by name, sorted."""
-    found = []
-    for info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{info.name}")
-        found += [
-            item()
-            for item in vars(module).values()
-            if inspect.isclass(item)
-            and item.__module__ == module.__name__
-            and issubclass(item, PaperCheck)
-            and not inspect.isabstract(item)
-        ]
+    found = [item() for item in classes_in(__name__, __path__) if issubclass(item, PaperCheck)]
     return {paper.name: paper for paper in sorted(found, key=lambda paper: paper.name)}
 
 

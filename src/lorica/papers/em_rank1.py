@@ -21,7 +21,7 @@ from lorica.papers.kit.judging import above, together
 from lorica.papers.kit.plot import Plot
 from lorica.papers.kit.table import Row, Table
 from lorica.papers.kit.text import TextArena, open_model, read_task, split
-from lorica.recipes.compare_data import question
+from lorica.recipes.compare.data import question
 from lorica.recipes.quickstart import Question, answers
 
 MOST = 0.5

@@ -17,7 +17,7 @@ from lorica.papers.kit.plot import Plot, Series
 from lorica.papers.kit.table import Row, Table
 from lorica.papers.kit.task import FULL_GSM8K, REDUCED_E2E, SMALL_E2E, TaskSettings
 from lorica.papers.kit.text import TextArena
-from lorica.recipes.compare_costs import measure
+from lorica.recipes.compare.costs import measure
 
 MARGIN = 0.03
 """How much worse than LoRA, relatively, still counts as its quality."""

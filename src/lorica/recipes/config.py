@@ -57,6 +57,14 @@ class SFTConfig(Config):
         {"name": "lora"}, description="`name` and the method's own settings; see `lorica methods NAME`"
     )
     targets: Targets = Field(Targets(), description="which sites to adapt")
+    continue_from: str | None = Field(
+        None,
+        description="an adapter folder to train further: its method, sites and values, and a fresh optimiser; leave "
+        "`method` and `targets` out",
+    )
+    stack_on: tuple[str, ...] = Field(
+        (), description="adapter folders, innermost first, that act frozen beneath the adapter that is trained"
+    )
     data: DataConfig = Field(description="what to train on")
     optimizer: AdamWConfig = Field(AdamWConfig(), description="AdamW, schedule and clipping")
     epochs: float = Field(1.0, gt=0, description="passes over the data; ignored where `steps` is given")
@@ -80,6 +88,11 @@ class SFTConfig(Config):
     @classmethod
     def _as_text(cls, value: Any) -> Any:
         return Quantization.of(value)
+
+    @field_validator("stack_on", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("method")
     @classmethod

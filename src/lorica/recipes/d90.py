@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from lorica.core.config import Config
 from lorica.core.errors import ConfigError, MethodError
-from lorica.recipes.compare_config import checked_rates
+from lorica.recipes.compare.config import checked_rates
 
 Train = Callable[[int | None, float, int], float]
 """Trains in so many directions (None: every weight) with a learning rate and a seed; returns a metric, higher being

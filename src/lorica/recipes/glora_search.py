@@ -19,13 +19,14 @@ from pydantic import Field
 
 from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
+from lorica.adapters.parents import note_training
 from lorica.core.errors import MethodError, StorageError
 from lorica.core.glora_choices import Choice
 from lorica.core.storage import storage, write_file
 from lorica.methods.glora import GLoRA
-from lorica.recipes.compare_ready import Observer
 from lorica.recipes.evolution import Evolution, EvolutionConfig, Genome, Scored
 from lorica.recipes.ledger import Ledger
+from lorica.recipes.observer import Observer
 from lorica.recipes.rundir import RunDir
 from lorica.recipes.searching import Search, SearchConfig, open_search, training
 
@@ -119,7 +120,9 @@ def run(config: GLoRASearchConfig, observer: Observer | None = None) -> Report:
     found = evolution.run(score, told)
     choices = dict(zip(names, found.best.genome, strict=True))
     adapter = search.service.host.put(fixed_adapter(supernet, choices, "found"))
-    adapter.meta |= {"recipe": "glora search", "score": found.best.score}
+    recipe = {"name": "glora search", **config.model_dump(mode="json", exclude={"data", "out", "save_every"})}
+    recipe["validation_loss"] = -found.best.score
+    note_training(adapter, search.service.host.backbone, recipe, search.parts.trained_on(config.data.path))
     report = Report(
         path=str(out),
         adapter=str(search.service.host.save(out / "adapter", adapter)),

@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -20,9 +20,10 @@ from lorica.core.storage import storage, write_file
 from lorica.methods import Method
 from lorica.methods.delta import Delta
 from lorica.methods.intrinsic import Intrinsic
-from lorica.recipes.compare_ready import Observer
+from lorica.recipes.compare.report import finite
 from lorica.recipes.d90 import GridConfig, Tuned, search_d90
 from lorica.recipes.ledger import Ledger
+from lorica.recipes.observer import Observer
 from lorica.recipes.searching import Search, SearchConfig, open_search, training
 
 REPORT = "d90.json"
@@ -97,17 +98,8 @@ def run(config: IntrinsicSearchConfig, observer: Observer | None = None) -> Repo
         reused=ledger.reused,
     )
     with storage(out):
-        write_file(out / REPORT, json.dumps(_plain(asdict(report)), indent=1, allow_nan=False).encode())
+        write_file(out / REPORT, json.dumps(finite(asdict(report)), indent=1, allow_nan=False).encode())
     return report
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: the metric of a run that diverged is null."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class _Trials:

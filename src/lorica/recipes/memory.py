@@ -43,7 +43,10 @@ def estimate(client: TrainingClient, examples: Sequence[Example], batch_size: in
         importlib.import_module(late)
     backbone, adapter = client.service.host.backbone, client.adapter
     element = adapter.flat.element_size()
-    frozen = sum(t.numel() * t.element_size() for owned in adapter.frozen.values() for t in owned.values())
+    beneath = sum(one.flat.numel() * one.flat.element_size() for one in client.stack[:-1])
+    frozen = beneath + sum(
+        t.numel() * t.element_size() for one in client.stack for owned in one.frozen.values() for t in owned.values()
+    )
     moments = 2 * adapter.flat.numel() * element
     before, earlier = current_bytes(), peak_bytes()
     longest = sorted(examples, key=len, reverse=True)[:batch_size]
@@ -85,7 +88,7 @@ def _rehearse(client: TrainingClient, examples: Sequence[Example]) -> None:
     adapter = client.adapter
     forwards, grad, rng = adapter.forwards, adapter.grad.clone(), torch.get_rng_state()
     engine = Engine(client.service.host, token_budget=sum(map(len, examples)))
-    engine.forward_backward([Item(example, adapter) for example in examples])
+    engine.forward_backward([Item(example, client.stack) for example in examples])
     adapter.forwards = forwards
     adapter.grad.copy_(grad)
     torch.set_rng_state(rng)

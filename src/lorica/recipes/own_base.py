@@ -1,4 +1,4 @@
-"""Runs whose base is made together with the adapter: LoftQ with more than one iteration on a quantised base.
+"""Runs whose base is made together with the adapter: LoftQ with more than one iteration, or QPiSSA, on packed weights.
 
 In: a run's config. Out: packed base and adapter, the same ones whenever it is asked again. Refuses to know training and
 where the base is kept.
@@ -16,7 +16,7 @@ from lorica.recipes.config import SFTConfig
 def has_own_base(config: SFTConfig) -> bool:
     """Whether the adapter changes the codes of the base, so that nobody else can share it."""
     method = config.make_method()
-    return isinstance(method, LoftQ) and method.iterations > 1 and config.quantize is not None
+    return isinstance(method, LoftQ) and method.private and config.quantize is not None
 
 
 def own_base(config: SFTConfig) -> PrivateBase | None:

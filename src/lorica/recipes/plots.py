@@ -49,6 +49,21 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def readable(axis: Any) -> None:
+    """Give a logarithmic axis plain numbers at 1, 2 and 5 of each decade where few decades are shown, else powers of
+    ten alone.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_minor_formatter(NullFormatter())
+    if high < 200 * low:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, place: f"{value:g}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e"))
+        )
+
+
 def _smooth(values: Sequence[float]) -> list[float]:
     """Exponential running mean over about a twentieth of the run."""
     keep = 1 - 1 / max(1.0, len(values) / 20)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorica.client.local import SamplingClient
-from lorica.core.errors import FormatError, MethodError, StorageError
+from lorica.core.errors import ConfigError, FormatError, MethodError, StorageError
 from lorica.core.storage import storage, write_file
 from lorica.data.records import Chat, load_records
 from lorica.data.render import Renderer
@@ -117,8 +117,14 @@ def run(
 ) -> Report:
     """Train (or go on with an interrupted run), measure, prove, merge; or report a finished run of equal settings.
 
-    Raises StorageError when `out` holds a run of other settings; with `fresh` that run is deleted first.
+    Raises StorageError when `out` holds a run of other settings (with `fresh` that run is deleted first), ConfigError
+    for a config that begins with another adapter.
     """
+    if config.continue_from or config.stack_on:
+        raise ConfigError(
+            "The quickstart compares an adapter with the plain base, so it begins without another one.",
+            hint="`lorica train` takes `continue_from` and `stack_on`.",
+        )
     observer = observer or QuickstartObserver()
     directory = RunDir(config.out)
     if fresh:

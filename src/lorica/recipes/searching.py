@@ -24,8 +24,8 @@ from lorica.data.packing import Sampler
 from lorica.data.render import Renderer
 from lorica.engine.engine import Item
 from lorica.models import load
-from lorica.recipes.compare_config import CompareConfig
-from lorica.recipes.compare_data import Parts, question, read_parts
+from lorica.recipes.compare.config import CompareConfig
+from lorica.recipes.compare.data import Parts, question, read_parts
 from lorica.recipes.config import DataConfig
 from lorica.recipes.quickstart import answers
 from lorica.training.optimizer import AdamWConfig

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 
+from lorica.adapters.lineage import Data
 from lorica.client.local import Service, TrainingClient
 from lorica.core.errors import MethodError, ResumeError
 from lorica.core.storage import storage, write_file
@@ -34,6 +35,7 @@ from lorica.recipes.memory import peak_bytes
 from lorica.recipes.own_base import has_own_base, own_base
 from lorica.recipes.plots import loss_curve
 from lorica.recipes.rundir import ROOM, RunDir
+from lorica.recipes.starting import check_start, on_own_base, parents_of, recipe_of, start
 from lorica.recipes.trackers import check_tracker, make_tracker
 
 
@@ -83,8 +85,12 @@ class Outcome:
 
 
 def plan(config: SFTConfig) -> Plan:
-    """Load model and data and make the adapter. Writes nothing. Raises Lorica's errors for whatever does not fit."""
+    """Load model and data and make the adapter. Writes nothing. Raises Lorica's errors for whatever does not fit.
+
+    The plan's config is the given one with the method and targets of a continued adapter written out.
+    """
     check_tracker(config.track)
+    check_start(config)
     made = own_base(config)
     backbone = made.backbone if made else _loaded(config)
     if backbone.tokenizer is None:
@@ -101,13 +107,10 @@ def plan(config: SFTConfig) -> Plan:
     service.host.set_attention(config.attention)
     if made:
         client = TrainingClient(service, service.host.put(made.adapter), config.optimizer, steps)
+        on_own_base(client.adapter, RunDir(config.out).base)
     else:
-        client = service.training_client(
-            config.make_method(), config.targets, seed=config.seed, optimizer=config.optimizer, steps=steps
-        )
-    if config.attention is not None:
-        client.adapter.meta["attention"] = config.attention.model_dump(mode="json")
-    client.adapter.meta |= {"recipe": "sft", "data": {"path": dataset.path, "fingerprint": dataset.fingerprint}}
+        config, client = start(config, service, steps)
+    client.note(recipe_of(config), Data(dataset.path, dataset.fingerprint, len(prepared.examples)))
     if config.checkpointing:
         service.host.checkpointing()
     return Plan(config, backbone, renderer, dataset, prepared, evaluation, steps, client, sampler)
@@ -128,7 +131,7 @@ def run(config: SFTConfig, observer: Observer | None = None) -> Outcome:
     torch.manual_seed(config.seed)
     ready = plan(config)
     directory = RunDir(config.out)
-    directory.create(to_yaml(config))
+    directory.create(to_yaml(ready.config))
     return _train(ready, directory, observer or Observer(), 0)
 
 
@@ -148,6 +151,11 @@ def resume(path: str | Path, observer: Observer | None = None) -> Outcome:
         raise ResumeError(f"{config.data.path} has changed since the run began; resuming would train on other data.")
     if state["base"] != ready.backbone.fingerprint():
         raise ResumeError(f"{config.model!r} is not the backbone that the run began with.")
+    if "parents" in state and state["parents"] != parents_of(ready.client.adapter):
+        raise ResumeError(
+            "An adapter that the run continues or is stacked on has changed since the run began.",
+            hint="`lorica lineage` tells adapters apart by their hashes.",
+        )
     ready.sampler.load_state(state["sampler"])
     ready.client.load_state(state["client"])
     directory.rewind(state["step"])
@@ -161,6 +169,7 @@ def _state(ready: Plan, step: int) -> dict[str, Any]:
         "sampler": ready.sampler.state(),
         "data": ready.dataset.fingerprint,
         "base": ready.backbone.fingerprint(),
+        "parents": parents_of(ready.client.adapter),
     }
 
 

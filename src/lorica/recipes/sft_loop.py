@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 
+from lorica.adapters.lineage import Data
 from lorica.client.local import Service
 from lorica.data.packing import Sampler
 from lorica.data.records import load_records
@@ -27,11 +28,14 @@ def train(
     """
     backbone = load(model)
     renderer = Renderer(backbone.tokenizer)
-    examples = prepare(load_records(data), renderer, max_length=1024).examples
+    dataset = load_records(data)
+    examples = prepare(dataset, renderer, max_length=1024).examples
     batches = Sampler(examples, batch_size=batch_size, seed=0)
 
     service = Service(backbone)
     client = service.training_client(method, optimizer=AdamWConfig(lr=lr), steps=steps)
+    recipe = {"name": "sft_loop", "steps": steps, "batch_size": batch_size, "lr": lr}
+    client.note(recipe, Data(dataset.path, dataset.fingerprint, len(examples)))  # what its folder will say of it
 
     loss = float("nan")
     for step in range(steps):

@@ -123,14 +123,20 @@ class RunLife(abc.ABC):
         spec, artifact = self.run.spec, self.run.spec.get("parent")
         # a snapshot holds all that the parent gave
         parent = await self._rt.places.read(artifact) if artifact and snapshot is None else None
+        came = str(self.run.info.get("loaded_from") or "")
         wanted = RunSpec(
-            method=spec["method"], config=spec["config"], targets=spec["targets"], seed=spec["seed"], parent=parent
+            method=spec["method"],
+            config=spec["config"],
+            targets=spec["targets"],
+            seed=spec["seed"],
+            parent=parent,
+            parent_name=came,
         )
         commands: list[Command] = [
             Open(id=self._rt.next_id(), run=self.run.id, spec=wanted, tenant=self.run.tenant, snapshot=snapshot)
         ]
         if parent is not None and self.run.info.get("load_optimizer"):
-            commands.append(Load(id=self._rt.next_id(), run=self.run.id, path=parent, optimizer=True))
+            commands.append(Load(id=self._rt.next_id(), run=self.run.id, path=parent, optimizer=True, name=came))
         return commands
 
     async def _create(self, item: Item) -> None:

@@ -142,7 +142,7 @@ class Work:
         def record(reply: Opened) -> Record:
             return lambda c: runs.set_run(c, run.id, rank=reply.rank, info={**run.info, "opened": opened(reply)})
 
-        command = Load(id=self._id(), run=run.id, path=path, optimizer=asked.optimizer)
+        command = Load(id=self._id(), run=run.id, path=path, optimizer=asked.optimizer, name=asked.path)
         return Prepared(command, tell, record, reads=[found.artifact], snapshot=True)
 
     async def checkpoint(self, path: str, tenant: str) -> Checkpoint:
@@ -167,9 +167,9 @@ class Work:
         sampler = asked if isinstance(asked, bodies.SaveForSamplerBody) and asked.path is None else None
         if asked.path is None and (sampler is None or sampler.sampling_session_seq_id is None):
             raise DataError("A checkpoint needs a name; give 'path'.")
-        await self._room(run.tenant)
+        await self.room(run.tenant)
         if asked.path is not None and not asked.overwrite:
-            await self._free(str(TinkerPath(run.id, form, asked.path)), run.tenant)
+            await self.free(str(TinkerPath(run.id, form, asked.path)), run.tenant)
         artifact = self._places.new(run.id, form)
         name = asked.path or artifact.rpartition("/")[2]
         command = Save(id=self._id(), run=run.id, path=str(self._places.target(artifact)), state=form == "training")
@@ -194,11 +194,13 @@ class Work:
         prepared.before, prepared.record = before, record
         return prepared
 
-    async def _free(self, path: str, tenant: str) -> None:
+    async def free(self, path: str, tenant: str) -> None:
+        """Raises DataError where the path is taken."""
         if await self._database.aread(lambda c: checkpoints.get_checkpoint(c, path, tenant)) is not None:
             raise DataError(f"{path} exists already: choose another name, or save with overwrite.")
 
-    async def _room(self, tenant: str) -> None:
+    async def room(self, tenant: str) -> None:
+        """Raises DataError where the tenant's checkpoints take all the place that they may."""
         most = self._limiter.storage(tenant)
         if most:
             taken = await self._database.aread(lambda c: checkpoints.storage_bytes(c, tenant))

@@ -1,7 +1,7 @@
-"""The spectrum of a change of weights, and how many of its components hold a share of its variance.
+"""The spectrum of a change of weights: how many directions it moves, and how evenly.
 
-In: a matrix, an update, or an adapter over its backbone. Out: singular values and counts. A low-rank update is never
-multiplied out. Refuses to know files, models' names and data.
+In: singular values, a matrix, an update, or an adapter over its backbone. Out: ranks and counts. A low-rank update is
+never multiplied out. Refuses to know files, models' names and data.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
-from lorica.adapters.fold import doubled, fold_weight, work_device
+from lorica.adapters.merging.change import Change, change_from
 from lorica.core.errors import MethodError
 from lorica.core.update import LinearUpdate
 from lorica.models.backbone import Backbone
 from lorica.models.frozen import FrozenWeight
+
+NOTHING = 1e-6
+"""Directions whose singular value is up to this share of the largest move nothing: float32 factors cannot tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,44 @@ class Components:
     layer: int | None
     count: int
     most: int
+
+
+def effective_rank(values: Tensor) -> float:
+    """`exp(−Σ p log p)` with `p = σ / Σσ`: n for n equal singular values; 0 for a change of nothing.
+
+    Roy and Vetterli, EUSIPCO 2007. Raises MethodError for values that are not finite.
+    """
+    sigma = _checked(values)
+    total = sigma.sum()
+    return math.exp(float(torch.special.entr(sigma / total).sum())) if total > 0 else 0.0
+
+
+def stable_rank(values: Tensor) -> float:
+    """`Σσ² / σ₁²`; 0 for a change of nothing. Raises MethodError for values that are not finite."""
+    share = _shares(values)
+    return float(share.sum()) if len(share) else 0.0
+
+
+def participation_ratio(values: Tensor) -> float:
+    """`(Σσ²)² / Σσ⁴`; 0 for a change of nothing. Raises MethodError for values that are not finite."""
+    share = _shares(values)
+    return float(share.sum().square() / share.square().sum()) if len(share) else 0.0
+
+
+def numerical_rank(values: Tensor) -> int:
+    """How many singular values are above `NOTHING` times the largest."""
+    sigma = _checked(values)
+    return int((sigma > NOTHING * sigma.max()).sum()) if len(sigma) else 0
+
+
+def _shares(values: Tensor) -> Tensor:
+    """`σ² / σ₁²`, so that neither tiny nor huge changes leave the range of floats; empty for a change of nothing."""
+    sigma = _checked(values)
+    return (sigma / sigma.max()).square() if len(sigma) and sigma.max() > 0 else sigma[:0]
+
+
+def _checked(values: Tensor) -> Tensor:
+    return _finite(values.detach().double())
 
 
 def components_for(change: Tensor, share: float = 0.9) -> int:
@@ -46,12 +87,11 @@ def count_for(values: Tensor, share: float = 0.9) -> int:
     """The same from the singular values themselves, in any order. Raises MethodError unless 0 < share ≤ 1."""
     if not 0 < share <= 1:
         raise MethodError(f"The share is {share}; above 0 and at most 1 is right.")
-    energy = values.detach().double().square().sort(descending=True).values
-    total = float(energy.sum())
-    if total == 0:
+    energy = _shares(values).sort(descending=True).values
+    if not len(energy):
         return 0
     # what rounding adds to a sum of so many terms must not cost a component
-    reached = energy.cumsum(0) >= share * total * (1 - 1e-12)
+    reached = energy.cumsum(0) >= share * energy.sum() * (1 - 1e-12)
     return int(reached.int().argmax()) + 1
 
 
@@ -63,21 +103,15 @@ def singular_values(update: LinearUpdate, weight: FrozenWeight) -> Tensor:
     """
     if len(weight.shape) < 2:
         raise MethodError("A norm's change is a vector and has no spectrum.")
-    device = work_device(weight)
-    exact = doubled(update, device)
-    rank = sum(factor.rank for factor in exact.factors)
-    if exact.low_rank_only and 0 < rank < min(_sides(weight.shape)):
-        folded = [factor.folded() for factor in exact.factors]
-        B_OR = torch.cat([factor.B_OR for factor in folded], dim=1)
-        A_RI = torch.cat([factor.A_RI.flatten(1) for factor in folded])
-        right_RR = torch.linalg.qr(_finite(B_OR), mode="r").R
-        left_RR = torch.linalg.qr(_finite(A_RI).T, mode="r").R
-        matrix = right_RR @ left_RR.T
-    else:
-        before = weight.matrix().to(device=device, dtype=torch.float64)
-        matrix = _finite((fold_weight(before, [exact]) - before).flatten(1))
-    values: Tensor = torch.linalg.svdvals(matrix)
-    return values
+    change = change_from(update, weight)
+    for part in parts_of(change):
+        _finite(part)
+    return change.singular_values()
+
+
+def parts_of(change: Change) -> tuple[Tensor, ...]:
+    """The tensors that a change of a weight consists of, its bias aside."""
+    return change.factors() if change.matrix_OI is None else (change.matrix_OI,)
 
 
 def components_of(adapter: Adapter, backbone: Backbone, share: float = 0.9) -> tuple[Components, ...]:
@@ -91,12 +125,8 @@ def components_of(adapter: Adapter, backbone: Backbone, share: float = 0.9) -> t
         update = adapter.update(name, weight)
         if isinstance(update, LinearUpdate) and len(site.shape) > 1:
             count = count_for(singular_values(update, weight), share)
-            found.append(Components(name, site.role, site.layer, count, min(_sides(site.shape))))
+            found.append(Components(name, site.role, site.layer, count, min(site.shape[0], math.prod(site.shape[1:]))))
     return tuple(found)
-
-
-def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
-    return shape[0], math.prod(shape[1:])
 
 
 def _finite(matrix: Tensor) -> Tensor:

@@ -1,19 +1,21 @@
 """Factors of a change of a weight: by its singular values, in float64.
 
-In: a frozen weight and an update of it. Out: A and B whose product is the change, exact or cut to a rank, and the share
-of the change that was cut away. A sum of factors is never multiplied out. Refuses to know methods, adapters and files.
+In: a change, or a frozen weight and an update of it. Out: A and B whose product is the change, exact or cut to a rank,
+and the share of the change that was cut away. A sum of factors is never multiplied out. Refuses to know methods,
+adapters and files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lorica.adapters.fold import fold_weight
-from lorica.core.update import LinearUpdate, LowRank
+from lorica.adapters.merging.change import Change, change_from
+from lorica.core.update import LinearUpdate
+
+TOLERANCE = 1e-7
+"""Singular values up to this share of the largest are dropped: float32, in which factors are stored, loses them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,38 +34,28 @@ class Factored:
 def factor(weight: Tensor, update: LinearUpdate, rank: int | None, tolerance: float) -> Factored:
     """Factors of `ΔW = effective(W) − W` for a float64 weight and update.
 
-    One pair of factors within the rank is taken as it is. Several pairs, as PiSSA's, are joined through two QR
-    decompositions and the singular values of a small core, so that what cancels between them does not stay. Anything
-    else is the singular value decomposition of the dense change. Singular values up to `tolerance` times the largest
-    are dropped, and those beyond `rank`; each factor takes the root of the rest. A change of nothing has rank one.
+    One pair of factors within the rank is taken as it is. Several pairs, as PiSSA's, are joined, and singular values
+    make what cancels between them disappear.
     """
-    limit = min(weight.shape[0], weight[0].numel())
+    return cut(change_from(update, weight), rank, tolerance, as_is=len(update.factors) == 1)
+
+
+def cut(change: Change, rank: int | None, tolerance: float, *, as_is: bool = True) -> Factored:
+    """Factors of a change by `Change.svd`; with `as_is`, those that it has, if their rank is within `rank`.
+
+    Singular values up to `tolerance` times the largest are dropped, and those beyond `rank`; each factor takes the
+    root of the rest. A change of nothing has rank one.
+    """
+    limit, kernel = min(change.sides), change.shape[1:]
     most = limit if rank is None else min(rank, limit)
-    if update.low_rank_only:
-        pairs = [f.folded() for f in update.factors]
-        if len(pairs) == 1 and pairs[0].rank <= most:
-            return Factored(pairs[0].A_RI, pairs[0].B_OR)
-        if pairs and sum(p.rank for p in pairs) < limit:
-            return _cut(*_joined(pairs), weight.shape, most, tolerance)
-    change_OI = (fold_weight(weight, [update]) - weight).flatten(1)
-    U_OR, S_R, V_RI = torch.linalg.svd(change_OI, full_matrices=False)
-    return _cut(U_OR, S_R, V_RI, weight.shape, most, tolerance)
-
-
-def _joined(pairs: Sequence[LowRank]) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vᵀ of `Σ BA`, from factors of total rank R: time in R², not in the weight's size."""
-    B_OR, A_RI = torch.cat([p.B_OR for p in pairs], 1), torch.cat([p.A_RI.flatten(1) for p in pairs])
-    left_OR, upper_RR = torch.linalg.qr(B_OR)
-    right_IR, lower_RR = torch.linalg.qr(A_RI.T)
-    U, S, V = torch.linalg.svd(upper_RR @ lower_RR.T)
-    return left_OR @ U, S, V @ right_IR.T
-
-
-def _cut(U_OR: Tensor, S_R: Tensor, V_RI: Tensor, shape: Sequence[int], most: int, tolerance: float) -> Factored:
-    """Balanced factors of the leading singular triplets."""
-    counted = int(S_R.gt(tolerance * S_R[0]).sum())
-    kept = max(1, min(counted, most))
-    energy = float(S_R.square().sum())
-    root_R = S_R[:kept].sqrt()
-    A_RI, B_OR = root_R[:, None] * V_RI[:kept], U_OR[:, :kept] * root_R
-    return Factored(A_RI.reshape(kept, *shape[1:]), B_OR, float(S_R[kept:].square().sum()) / energy if energy else 0.0)
+    if as_is and change.factored and 0 < change.rank <= most:
+        A_RI, B_OR = change.factors()
+        return Factored(A_RI.reshape(-1, *kernel), change.scale * B_OR)
+    if change.rank == 0:
+        A_RI, B_OR = change.factors()
+        return Factored(A_RI.new_zeros(1, *kernel), B_OR.new_zeros(change.shape[0], 1))
+    U_OR, S_R, V_RI = change.svd()
+    kept = max(1, min(int(S_R.gt(tolerance * S_R[0]).sum()), most))
+    energy, root_R = float(S_R.square().sum()), S_R[:kept].sqrt()
+    lost = float(S_R[kept:].square().sum()) / energy if energy else 0.0
+    return Factored((root_R[:, None] * V_RI[:kept]).reshape(kept, *kernel), U_OR[:, :kept] * root_R, lost)

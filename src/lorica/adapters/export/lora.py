@@ -6,7 +6,6 @@ Dropout is left behind: it belongs to training. Refuses to know files; `adapters
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,17 +13,16 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
-from lorica.adapters.export.decompose import Factored, factor
-from lorica.adapters.fold import doubled, fold_bias, work_device
-from lorica.adapters.layout import Layout
+from lorica.adapters.assemble import assemble
+from lorica.adapters.export.decompose import TOLERANCE, factor
+from lorica.adapters.fold import doubled, work_device
+from lorica.adapters.merging.change import Change, bias_change
+from lorica.adapters.parents import derived
 from lorica.adapters.probe import Difference, beside, probe_inputs
 from lorica.core.errors import ConfigError, FormatError, MethodError
 from lorica.core.update import LinearUpdate, PrefixKV, SoftPrompt
 from lorica.methods.lora import LoRA
 from lorica.models.backbone import Backbone
-
-TOLERANCE = 1e-7
-"""Singular values up to this share of the largest are dropped: float32, in which factors are stored, loses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +95,22 @@ def export_lora(
         exported.flat = adapter.flat.clone()
         lost = dict.fromkeys(updates, 0.0)
     else:
-        factored = {name: factor(_weight(backbone, name), u, rank, tolerance) for name, u in updates.items()}
-        biases = {name: _bias_change(backbone, name, u) for name, u in updates.items()}
-        exported = _assemble(adapter, factored, biases)
-        lost = {name: found.lost for name, found in factored.items()}
-    exported.meta = {**adapter.meta, "exported_from": adapter.method.name}
+        changes, lost = {}, {}
+        for name, update in updates.items():
+            found = factor(_weight(backbone, name), update, rank, tolerance)
+            bias_O, shape = _bias_change(backbone, name, update), adapter.layout.sites[name].shape
+            changes[name], lost[name] = Change.of_factors(shape, found.A_RI, found.B_OR, bias_O=bias_O), found.lost
+        exported = assemble(
+            adapter.name,
+            changes,
+            adapter.layout.sites,
+            seed=adapter.seed,
+            base=adapter.base,
+            dtype=torch.promote_types(adapter.flat.dtype, torch.float32),
+            device=adapter.flat.device,
+        )
+    exported.meta = dict(adapter.meta)
+    derived(exported, adapter, backbone, "export lora", method=adapter.method.name, rank=rank)
     return exported, _measure(adapter, exported, backbone, updates, lost)
 
 
@@ -146,38 +155,12 @@ def _exact(adapter: Adapter, backbone: Backbone, name: str) -> LinearUpdate:
 
 def _bias_change(backbone: Backbone, name: str, update: LinearUpdate) -> Tensor | None:
     """`b' − b₀` [out] in float64; None where it is zero. Raises MethodError at an embedding, which has no bias."""
-    bias_O = backbone.bias(name)
-    before = None if bias_O is None else bias_O.to(device=work_device(bias_O), dtype=torch.float64)
-    after = fold_bias(before, [update])
-    change_O = after if after is None or before is None else after - before
-    if change_O is None or not change_O.any():
+    change_O = bias_change(update, backbone.bias(name), work_device(backbone.weight(name)))
+    if change_O is None:
         return None
     if backbone.sites[name].kind == "embedding":
         raise MethodError(f"The update of embedding {name!r} adds a bias, which no LoRA of an embedding can hold.")
     return change_O
-
-
-def _assemble(adapter: Adapter, factored: Mapping[str, Factored], biases: Mapping[str, Tensor | None]) -> Adapter:
-    """The LoRA adapter with these factors; the commonest rank is the config's, others are per site."""
-    common = Counter(found.rank for found in factored.values()).most_common(1)[0][0]
-    biased = any(change is not None for change in biases.values())
-    method = LoRA(rank=common, alpha=float(common), lora_bias=biased)
-    picked = {}
-    for name, found in factored.items():
-        site = adapter.layout.sites[name]
-        changes = {"rank": found.rank, "alpha": float(found.rank), "lora_bias": biased and site.kind != "embedding"}
-        picked[name] = (site, method.replace(**changes))
-    layout = Layout(method, picked)
-    dtype = torch.promote_types(adapter.flat.dtype, torch.float32)
-    exported = Adapter(adapter.name, layout, seed=adapter.seed, base=adapter.base, dtype=dtype)
-    exported.to(device=adapter.flat.device)
-    for name, found in factored.items():
-        exported.set(name, "A", found.A_RI)
-        exported.set(name, "B", found.B_OR)
-        change_O = biases[name]
-        if change_O is not None:
-            exported.set(name, "bias", change_O)
-    return exported
 
 
 def _measure(

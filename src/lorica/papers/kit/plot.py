@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lorica.recipes.plots import new_figure, png
+from lorica.recipes.plots import new_figure, png, readable
 
 COLOURS = ("#08519c", "#d94801", "#238b45", "#6a51a3", "#b30000", "#525252", "#0097a7", "#a6761d")
 WIDTH, HEIGHT = 5.2, 4.0
@@ -55,25 +55,16 @@ def _panel(axes: Any, plot: Plot) -> None:
     lost = (_bars if bars else _curves)(axes, plot)
     for axis, logarithmic in ((axes.xaxis, plot.log_x and not bars), (axes.yaxis, plot.log_y)):
         if logarithmic:
-            _readable(axis)
+            readable(axis)
     axes.set(ylabel=plot.y, title=plot.title)
     axes.set_xlabel(plot.x + (f"\n({lost} not finite: not shown)" if lost else ""))
     axes.grid(alpha=0.3, which="both" if plot.log_x or plot.log_y else "major", axis="y" if bars else "both")
-    if len(plot.series) > 1 or (plot.series and plot.series[0].label):
+    if bars and len(plot.series) > 2:  # bars fill the panel, so their legend has room of its own
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high + 0.22 * (high - low))
+        axes.legend(frameon=False, fontsize="small", loc="upper center", ncols=2)
+    elif len(plot.series) > 1 or (plot.series and plot.series[0].label):
         axes.legend(frameon=False, fontsize="small")
-
-
-def _readable(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 of each decade where few decades are shown, else powers of ten alone."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    axis.set_minor_formatter(NullFormatter())
-    if high < 200 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(
-            FuncFormatter(lambda value, place: f"{value:g}" if value < 1e5 else f"{value:.0e}".replace("e+0", "e"))
-        )
 
 
 def _curves(axes: Any, plot: Plot) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
+from lorica.adapters.analysis.spectrum import effective_rank
 from lorica.adapters.fold import doubled, fold_weight
 from lorica.core.update import LinearUpdate
 from lorica.engine.host import Host
@@ -43,8 +44,8 @@ def evenness(delta_OI: Tensor) -> tuple[float, float]:
     The effective rank (Roy and Vetterli, EUSIPCO 2007) is k for k equal singular values. NaN where ΔW is zero.
     """
     sigma = torch.linalg.svdvals(delta_OI)
-    p = sigma / sigma.sum()
-    return math.exp(float(torch.special.entr(p).sum())), float(p.max())
+    total = float(sigma.sum())
+    return (effective_rank(sigma), float(sigma.max()) / total) if total else (math.nan, math.nan)
 
 
 class Principal:

@@ -26,7 +26,7 @@ from lorica.engine.engine import Item
 from lorica.engine.host import Host
 from lorica.models import Backbone, load
 from lorica.papers.kit.arena import Entry
-from lorica.recipes.compare_data import question
+from lorica.recipes.compare.data import question
 from lorica.recipes.quickstart import answers
 
 FOLDER = "LORICA_PAPERS_DATA"
@@ -191,10 +191,20 @@ class TextArena:
         return sum(p.numel() for p in self.service.host.model.parameters())
 
     def _exact(self, adapter: Adapter | None, part: str) -> float:
-        """The share of the part's first rows whose greedy answer is the expected text."""
         assert self.renderer is not None
-        asked = [q for e in self.parts[part][: self.exact] if (q := question(e, self.renderer)) is not None]
-        if not asked:
-            raise DataError(f"No row of part {part!r} has an answer to compare; set `exact` to 0.")
-        given = answers(self.service.sampling_client(adapter), self.renderer, asked)
-        return sum(q.expected == text.strip() for q, text in zip(asked, given, strict=True)) / len(asked)
+        try:
+            return exact_match(self.service, self.renderer, adapter, self.parts[part][: self.exact])
+        except DataError:
+            raise DataError(f"No row of part {part!r} has an answer to compare; set `exact` to 0.") from None
+
+
+def exact_match(service: Service, renderer: Renderer, adapter: Adapter | None, rows: Sequence[Example]) -> float:
+    """The share of rows whose greedy answer is the expected text; rows without an answer do not count.
+
+    Raises DataError where no row has one.
+    """
+    asked = [q for row in rows if (q := question(row, renderer)) is not None]
+    if not asked:
+        raise DataError("No row has an answer to compare.")
+    given = answers(service.sampling_client(adapter), renderer, asked)
+    return sum(q.expected == text.strip() for q, text in zip(asked, given, strict=True)) / len(asked)

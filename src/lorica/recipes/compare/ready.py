@@ -20,25 +20,13 @@ from lorica.data.render import Renderer
 from lorica.methods.lora import LoRA
 from lorica.models import load
 from lorica.models.backbone import Backbone
-from lorica.recipes import compare_costs
-from lorica.recipes.compare_config import CompareConfig, Entry, entries
-from lorica.recipes.compare_costs import Costs
-from lorica.recipes.compare_data import Parts, read_parts
-from lorica.recipes.compare_report import Absent
-from lorica.recipes.compare_train import FAILURES, Candidate, Field, why
-
-
-class Observer:
-    """What a comparison tells as it goes. The base class says nothing."""
-
-    def say(self, text: str) -> None:
-        """A sentence for the person who waits."""
-
-    def stage(self, text: str, total: int) -> None:
-        """Work of `total` units begins."""
-
-    def advance(self, units: int) -> None:
-        """So much of it is done."""
+from lorica.recipes.compare import costs
+from lorica.recipes.compare.config import CompareConfig, Entry, entries
+from lorica.recipes.compare.costs import Costs
+from lorica.recipes.compare.data import Parts, read_parts
+from lorica.recipes.compare.report import Absent
+from lorica.recipes.compare.train import FAILURES, Candidate, Field, why
+from lorica.recipes.observer import Observer
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ def _measure_costs(ready: Ready) -> None:
             probe = Candidate(f"costs of {entry.label}", entry.method, ready.targets(entry), 1e-4, 0)
             try:
                 field.open(probe)
-                ready.costs[entry] = compare_costs.measure(probe.live(), reference.client, work)
+                ready.costs[entry] = costs.measure(probe.live(), reference.client, work)
             except FAILURES as error:
                 ready.absent.append(Absent(entry.label, why(error)))
             field.close(probe)

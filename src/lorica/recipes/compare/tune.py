@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from lorica.core.errors import FormatError
 from lorica.data.example import Example
 from lorica.engine.host import RowSpec
-from lorica.recipes.compare_config import Entry
-from lorica.recipes.compare_ready import Ready
-from lorica.recipes.compare_train import Candidate, Field
+from lorica.recipes.compare.config import Entry
+from lorica.recipes.compare.ready import Ready
+from lorica.recipes.compare.train import Candidate, Field
 from lorica.recipes.quickstart import answers
 
 Tuned = dict[Entry, tuple[list[Candidate], Candidate | None]]

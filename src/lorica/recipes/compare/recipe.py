@@ -17,12 +17,12 @@ import torch
 
 import lorica
 from lorica.engine.engine import Item
-from lorica.recipes.compare_config import CompareConfig, file_name
-from lorica.recipes.compare_ready import Observer as Observer
-from lorica.recipes.compare_ready import Ready, prepare
-from lorica.recipes.compare_report import Absent, Base, Comparison, Rate, Row, edge_note, reserve, write
-from lorica.recipes.compare_train import Candidate, Field, mean
-from lorica.recipes.compare_tune import Runs, Tuned, finals, right_answers, tune
+from lorica.recipes.compare.config import CompareConfig, file_name
+from lorica.recipes.compare.ready import Ready, prepare
+from lorica.recipes.compare.report import Absent, Base, Comparison, Rate, Row, edge_note, reserve, write
+from lorica.recipes.compare.train import Candidate, Field, mean
+from lorica.recipes.compare.tune import Runs, Tuned, finals, right_answers, tune
+from lorica.recipes.observer import Observer
 
 
 def run(
@@ -96,8 +96,17 @@ def _rows(ready: Ready, field: Field, tuned: Tuned, runs: Runs, adapters: Path |
         )
         if adapters is not None:
             field.bring([best])
+            best.live().note(_recipe(ready.config, best, rows[-1]), ready.parts.trained_on(ready.config.data.path))
             best.live().save(adapters / file_name(entry.label))
     return rows
+
+
+def _recipe(config: CompareConfig, best: Candidate, row: Row) -> dict[str, Any]:
+    """What a winner's lineage says of its training."""
+    common = config.model_dump(mode="json", include={"model", "quantize", "optimizer", "steps", "batch_size"})
+    common["optimizer"]["lr"] = best.lr
+    method = {"name": row.method, **row.settings}
+    return {"name": "compare", **common, "seed": best.seed, "method": method, "targets": row.targets}
 
 
 def _notes(config: CompareConfig, best: Candidate, group: Sequence[Candidate], runs: Sequence[Candidate]) -> list[str]:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lorica.adapters.lineage import Data
 from lorica.core.errors import DataError
 from lorica.data.example import Example
 from lorica.data.records import load_records
 from lorica.data.render import Renderer, prepare
-from lorica.recipes.compare_config import CompareConfig
+from lorica.recipes.compare.config import CompareConfig
 from lorica.recipes.quickstart import Question
 
 SHARE = 5
@@ -32,6 +33,10 @@ class Parts:
     questions: list[Question]
     said: tuple[str, ...]
     fingerprints: dict[str, str]
+
+    def trained_on(self, path: str) -> Data:
+        """The training part, which came from the file `path`, as a lineage has it."""
+        return Data(path, self.fingerprints["train"], len(self.train))
 
     def counts(self) -> dict[str, int]:
         return {

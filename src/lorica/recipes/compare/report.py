@@ -16,7 +16,7 @@ from typing import Any
 
 from lorica.core.errors import StorageError
 from lorica.core.storage import storage, write_file
-from lorica.recipes.compare_costs import Costs
+from lorica.recipes.compare.costs import Costs
 from lorica.recipes.rundir import ROOM
 
 RESULTS, TABLE, PLOT = "results.json", "table.md", "plot.png"
@@ -195,21 +195,21 @@ def reserve(folder: Path) -> None:
 
 def write(found: Comparison, folder: Path) -> None:
     """results.json, table.md and plot.png. Raises StorageError."""
-    from lorica.recipes.compare_plot import comparison_plot
+    from lorica.recipes.compare.plot import comparison_plot
 
-    document = json.dumps(_finite(found.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
+    document = json.dumps(finite(found.to_dict()), indent=1, ensure_ascii=False, allow_nan=False)
     with storage(folder, hint=ROOM):
         write_file(folder / PLOT, comparison_plot(found))
         write_file(folder / TABLE, markdown(found).encode())
         write_file(folder / RESULTS, (document + "\n").encode())
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinities and no NaN: they are null there."""
     if isinstance(value, dict):
-        return {str(key): _finite(inner) for key, inner in value.items()}
+        return {str(key): finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorica.recipes.compare_report import Comparison, Row
+from lorica.recipes.compare.report import Comparison, Row
 from lorica.recipes.plots import new_figure, png
 
 MARKERS = "osD^vPX*<>hp"
