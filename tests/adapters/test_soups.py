@@ -65,7 +65,7 @@ def test_equal_logits_weigh_every_parent_one_in_n(host, weighting):
 
 
 def test_a_gap_of_20_between_logits_selects_one_parent(host):
-    soup = mixed(soup_of(parents(host), host.backbone), [0.0, 20.0, 0.0])
+    soup = mixed(soup_of(parents(host), host.backbone, weighting="softmax"), [0.0, 20.0, 0.0])
     for site, found in changes(soup, host).items():
         wanted = change_of(host.adapter("b"), host.backbone, site).matrix()
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-7 * float(wanted.abs().max()) + 1e-8)
@@ -128,7 +128,7 @@ def test_a_soup_survives_its_folder_and_knows_its_parents(host, tmp_path):
     lineage = Lineage.from_meta(again.meta)
     assert [(p.relation, p.method, p.weight) for p in lineage.parents] == [("merged-from", "lora", None)] * 2
     assert all(p.sha256 for p in lineage.parents) and lineage.how == "lora_soups"
-    assert lineage.settings == {"weighting": "softmax", "spread": 0.5}
+    assert lineage.settings == {"weighting": "free", "spread": 0.5}
 
 
 def test_what_holds_no_factors_is_one_sentence(host):

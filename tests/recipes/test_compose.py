@@ -205,6 +205,11 @@ def test_a_search_that_is_beaten_says_so(service):
     assert any("first simplex takes 4 evaluations, so a budget of 3" in note for note in found.notes)
 
 
+def test_weights_at_the_bound_are_said(service):
+    found = compose(service.host, parents(service), lambda adapter: -float(adapter.flat[0]), ComposeConfig(budget=30))
+    assert any("weights are at the bound of ±1.5" in note for note in found.notes)
+
+
 def test_losses_that_are_not_finite_are_counted_and_logged_as_null(service):
     def objective(adapter):
         if adapter.name == "a":

@@ -47,7 +47,7 @@ def learn(service, examples, **changes):
 
 def test_weights_go_to_the_adapter_that_fits_and_the_factors_stay(service):
     before = {name: service.host.adapter(name).flat.clone() for name in ("up", "down")}
-    found = learn(service, TASKS["up"], lr=0.3)
+    found = learn(service, TASKS["up"], lr=0.3, weighting="softmax")
     zero, uniform, single, learnt = found.rows
     assert [row.name for row in found.rows] == ["zero", "uniform", "best single", "lora_soups"]
     assert single.weights == (1.0, 0.0) and learnt.loss < uniform.loss < zero.loss

@@ -31,7 +31,7 @@ def soup_of(
     parents: Sequence[Adapter],
     backbone: Backbone,
     *,
-    weighting: Literal["free", "softmax"] = "softmax",
+    weighting: Literal["free", "softmax"] = "free",
     spread: float = 0.0,
     name: str = "soup",
     seed: int = 0,
@@ -39,8 +39,8 @@ def soup_of(
     """`y = x W₀ᵀ + Σ_n ω_n s_n x A_nᵀ B_nᵀ` with the parents' factors, frozen, and ω = 1/N at every site to begin with.
 
     Parents may differ in rank, sites and method, as long as each change is a product of factors; where one does not
-    act, its share of the weight does nothing. ω is softmax of trained logits, or free. `spread` is the deviation of the
-    initial logits, drawn from `seed`. Memory: the parents' values once more. arXiv 2410.13025.
+    act, its share of the weight does nothing. ω is trained as it is, or as softmax of logits. `spread` is the deviation
+    of what is added to the start, drawn from `seed`. Memory: the parents' values once more. arXiv 2410.13025.
 
     Raises: MergeError for a parent whose change is dense or has a bias, for prompts and prefixes, and without parents;
     MismatchError for another base; FormatError for values that are not finite.

@@ -37,7 +37,7 @@ def _search_options(command: Any) -> Any:
         click.option("--candidates", type=int, metavar="K", help="Keep the K adapters that score best alone."),
         click.option("--set", "parameters", multiple=True, metavar="KEY=VALUE", help="A parameter of the rule."),
         click.option(
-            "--weighting", type=click.Choice(("softmax", "free")), help="lora_soups: which weights.  [default: softmax]"
+            "--weighting", type=click.Choice(("free", "softmax")), help="lora_soups: which weights.  [default: free]"
         ),
         click.option("--spread", type=float, help="lora_soups: deviation of the initial logits.  [default: 0]"),
         click.option("--steps", type=int, help="lora_soups: optimiser steps.  [default: 60]"),

@@ -47,7 +47,7 @@ class SoupsConfig(Config):
     """How LoRA-Soups' weights are learnt (arXiv 2410.13025)."""
 
     weighting: Literal["free", "softmax"] = Field(
-        "softmax", description="positive weights that sum to one at each site, or any numbers (`free`)"
+        "free", description="any numbers, or positive ones that sum to one at each site (`softmax`)"
     )
     spread: float = Field(0.0, ge=0, description="standard deviation of the initial logits; the authors' code has 1")
     steps: int = Field(60, ge=1, description="optimiser steps, AdamW without decay, cosine")

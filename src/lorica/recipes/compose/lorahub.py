@@ -156,6 +156,9 @@ def remarks(found: Found, rows: Sequence[Row], config: ComposeConfig) -> list[st
             f"Cobyla's first simplex takes {count + 1} evaluations, so a budget of {config.budget} only tried adapters "
             "one by one."
         )
+    outer = sum(abs(w) > 0.99 * config.bound for w in found.best.weights)
+    if outer:
+        said.append(f"{outer} of {count} weights are at the bound of ±{config.bound:g}, and might go on beyond it.")
     lost = sum(not math.isfinite(one.loss) for one in found.evaluations)
     if lost:
         said.append(f"{lost} of {len(found.evaluations)} evaluations were not finite; they counted as worst.")
