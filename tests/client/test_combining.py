@@ -108,6 +108,7 @@ def test_an_inspection_measures_a_checkpoint_beside_another(client, parents):
     assert found["sites"] and found["similarity"] and found["limits"]
 
 
+@pytest.mark.slow
 def test_weights_are_searched_on_the_server_and_nothing_of_the_search_stays(client, parents):
     pytest.importorskip("nevergrad", reason="nevergrad is not installed: pip install 'lorica[compose]'")
     from lorica.data.example import Example
@@ -148,6 +149,7 @@ def test_the_command_line_merges_and_inspects_checkpoints_where_they_are(server,
     assert local.exit_code == 2 and "--model needs the base on this machine" in local.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_composes_checkpoints_where_they_are(server, parents, monkeypatch, tmp_path):
     pytest.importorskip("nevergrad", reason="nevergrad is not installed: pip install 'lorica[compose]'")
     from click.testing import CliRunner
