@@ -11,7 +11,7 @@ from lorica.client.remote import ServiceClient
 from lorica.core.errors import DataError, MissingError
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LoRA
-from tests.server.conftest import InThread, datum
+from tests.server.conftest import datum
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:unclosed {what}:ResourceWarning")  # the SDK's, when its client is collected
@@ -19,13 +19,6 @@ pytestmark = [
 ]
 
 TOKENS = [5, 6, 7, 8] * 3
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = InThread(tmp_path_factory.mktemp("server"), deterministic=True, long_poll_seconds=5)
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +32,6 @@ def parents(server, tmp_path_factory):
         host.save(folder / name, adapter)
     with ServiceClient(base_url=server.url, api_key=server.key) as made:
         return [made.upload_adapter(folder / name, "nano") for name in ("one", "two")], folder
-
-
-@pytest.fixture
-def client(server):
-    made = ServiceClient(base_url=server.url, api_key=server.key)
-    yield made
-    made.close("success").result(30)
 
 
 def logprobs(client, path):
@@ -128,6 +114,9 @@ def test_weights_are_searched_on_the_server_and_nothing_of_the_search_stays(clie
     assert hosted_loss(client, found.path, examples) == pytest.approx(rows["task_arithmetic"].loss, abs=1e-5)
     with pytest.raises(DataError, match="exists already"):
         compose_on_server(client, paths, examples, config, name="composed")
+    with pytest.raises(DataError, match="no loss"):
+        compose_on_server(client, paths, [Example((5, 6), (0.0, 0.0))], config, name="failed")
+    assert {c.tinker_path for c in client.list_adapters()} == before | {found.path}
 
 
 def test_the_command_line_merges_and_inspects_checkpoints_where_they_are(server, parents, monkeypatch):

@@ -21,7 +21,7 @@ from lorica.methods.ia3 import IA3
 from lorica.methods.lora import LoRA
 from lorica.server.bodies import CreateModelBody
 from lorica.server.specs import spec_of, without_rank
-from tests.server.conftest import InThread, adam, datum
+from tests.server.conftest import adam, datum
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:unclosed {what}:ResourceWarning")  # the SDK's, when its client is collected
@@ -29,20 +29,6 @@ pytestmark = [
 ]
 
 TOKENS = [5, 6, 7, 8] * 3
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    made = InThread(tmp_path_factory.mktemp("server"), deterministic=True, long_poll_seconds=5)
-    yield made
-    made.stop()
-
-
-@pytest.fixture
-def client(server):
-    made = ServiceClient(base_url=server.url, api_key=server.key)
-    yield made
-    made.close("success").result(30)
 
 
 def info(client, run):

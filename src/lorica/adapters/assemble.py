@@ -58,6 +58,19 @@ def assemble(
     return made
 
 
+def assemble_alike(adapter: Adapter, changes: dict[str, Change]) -> Adapter:
+    """`assemble` with another adapter's name, sites, seed, base and device, in float32 or its wider dtype."""
+    return assemble(
+        adapter.name,
+        changes,
+        adapter.layout.sites,
+        seed=adapter.seed,
+        base=adapter.base,
+        dtype=torch.promote_types(adapter.flat.dtype, torch.float32),
+        device=adapter.flat.device,
+    )
+
+
 def _methods(changes: Mapping[str, Change], sites: Mapping[str, Site]) -> dict[str, Method]:
     """The method that holds each change."""
     biased = any(c.bias_O is not None and c.factored and c.rank for c in changes.values())

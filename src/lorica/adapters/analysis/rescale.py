@@ -15,7 +15,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.adapters.analysis.bases import Bases
 from lorica.adapters.analysis.intruders import Examined, Search, examine
 from lorica.adapters.analysis.sites import Unread, change_at
-from lorica.adapters.assemble import assemble
+from lorica.adapters.assemble import assemble_alike
 from lorica.adapters.export.decompose import TOLERANCE, cut
 from lorica.adapters.merging.change import Change, join
 from lorica.adapters.parents import derived
@@ -102,15 +102,7 @@ def rescale_intruders(
         lost=lost[worst],
         worst=worst if lost[worst] > TOLERANCE else "",
     )
-    made = assemble(
-        adapter.name,
-        changes,
-        adapter.layout.sites,
-        seed=adapter.seed,
-        base=adapter.base,
-        dtype=torch.promote_types(adapter.flat.dtype, torch.float32),
-        device=adapter.flat.device,
-    )
+    made = assemble_alike(adapter, changes)
     settings = {"scaled_by": factor, "top": search.top, "threshold": search.threshold}
     made.meta = {**adapter.meta, HOW: settings}
     return derived(made, adapter, backbone, "scale intruders", **settings), report

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
-from lorica.adapters.assemble import assemble
+from lorica.adapters.assemble import assemble_alike
 from lorica.adapters.export.decompose import TOLERANCE, factor
 from lorica.adapters.fold import doubled, work_device
 from lorica.adapters.merging.change import Change, bias_change
@@ -100,15 +100,7 @@ def export_lora(
             found = factor(_weight(backbone, name), update, rank, tolerance)
             bias_O, shape = _bias_change(backbone, name, update), adapter.layout.sites[name].shape
             changes[name], lost[name] = Change.of_factors(shape, found.A_RI, found.B_OR, bias_O=bias_O), found.lost
-        exported = assemble(
-            adapter.name,
-            changes,
-            adapter.layout.sites,
-            seed=adapter.seed,
-            base=adapter.base,
-            dtype=torch.promote_types(adapter.flat.dtype, torch.float32),
-            device=adapter.flat.device,
-        )
+        exported = assemble_alike(adapter, changes)
     exported.meta = dict(adapter.meta)
     derived(exported, adapter, backbone, "export lora", method=adapter.method.name, rank=rank)
     return exported, _measure(adapter, exported, backbone, updates, lost)

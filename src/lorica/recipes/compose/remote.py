@@ -86,20 +86,55 @@ def compose_on_server(
     if len(set(paths)) < len(paths):
         raise MergeError("An adapter is given twice; one weight for each is right.")
     check_search(len(paths), config)
-    scratch = f"{name}-search"
+    maker = _Maker(client, config, f"{name}-search")
+    ones = [1.0] * len(paths)
+    scratch = maker.made(ones, paths, maker.scratch, anew=False)  # what does not fit, or is taken, is told first
+    try:
+        reserved = None if overwrite else maker.made(ones, paths, name, anew=False)
+        try:
+            return _searched(maker, paths, examples, test, name, say)
+        except BaseException:
+            if reserved is not None:
+                client.delete(reserved)
+            raise
+    finally:
+        client.delete(scratch)
 
-    def made(weights: Sequence[float], own: Sequence[str], called: str, *, anew: bool) -> str:
-        return client.merge(own, called, config.how, weights=weights, overwrite=anew, **config.parameters)
 
-    if not overwrite:
-        made([1.0] * len(paths), paths, name, anew=False)  # a name that is taken, or what does not fit, is told first
+@dataclass(frozen=True, slots=True)
+class _Maker:
+    """Asks the server for candidates, one after the other in the place `scratch`."""
+
+    client: ServiceClient
+    config: ComposeConfig
+    scratch: str
+
+    def made(self, weights: Sequence[float], paths: Sequence[str], name: str, *, anew: bool) -> str:
+        """The path of the checkpoints combined with these weights."""
+        rule, parameters = self.config.how, self.config.parameters
+        return self.client.merge(paths, name, rule, weights=weights, overwrite=anew, **parameters)
+
+    def loss(self, weights: Sequence[float], paths: Sequence[str], examples: Sequence[Example]) -> float:
+        """The examples' loss under them."""
+        return hosted_loss(self.client, self.made(weights, paths, self.scratch, anew=True), examples)
+
+
+def _searched(
+    maker: _Maker,
+    paths: Sequence[str],
+    examples: Sequence[Example],
+    test: Sequence[Example] | None,
+    name: str,
+    say: Say,
+) -> Hosted:
+    config = maker.config
     say(f"scoring {len(paths)} adapters alone")
-    alone = [hosted_loss(client, path, examples) for path in paths]
+    alone = [hosted_loss(maker.client, path, examples) for path in paths]
     kept = best_candidates(alone, config.candidates)
     chosen = [paths[n] for n in kept]
 
     def loss(weights: Sequence[float]) -> float:
-        return hosted_loss(client, made(weights, chosen, scratch, anew=True), examples)
+        return maker.loss(weights, chosen, examples)
 
     say(f"searching {len(chosen)} weights, {config.budget} evaluations")
     found = search(loss, len(chosen), config)
@@ -112,15 +147,10 @@ def compose_on_server(
         "random search": best_of(drawn),
         config.how: found.best,
     }
-    path = made(found.best.weights, chosen, name, anew=True)
-    rows = []
-    for label, one in others.items():
-        tested = None
-        if test is not None:
-            tested = hosted_loss(client, made(one.weights, chosen, scratch, anew=True), test)
-        rows.append(Row(label, one.weights, one.loss, one.value, tested))
-    client.delete(path.removesuffix(name) + scratch)
-    scores = dict(zip(paths, alone, strict=True))
-    return Hosted(
-        path, tuple(chosen), scores, tuple(rows), tuple(remarks(found, rows, config)), log_of(config, found, drawn)
-    )
+    path = maker.made(found.best.weights, chosen, name, anew=True)
+    rows = [
+        Row(label, one.weights, one.loss, one.value, None if test is None else maker.loss(one.weights, chosen, test))
+        for label, one in others.items()
+    ]
+    scores, notes = dict(zip(paths, alone, strict=True)), tuple(remarks(found, rows, config))
+    return Hosted(path, tuple(chosen), scores, tuple(rows), notes, log_of(config, found, drawn))

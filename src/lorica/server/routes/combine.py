@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from lorica.core.errors import DataError
+from lorica.core.errors import DataError, LoricaError
 from lorica.engine.commands import Combine, Inspect
 from lorica.engine.link import EngineError, EngineGone
 from lorica.server.backbones import Backbone
@@ -90,7 +90,13 @@ async def merge(body: MergeBody, server: ServerDep, caller: CallerDep) -> dict[s
         user_metadata=body.user_metadata,
         info={"base_model": backbone.name, "state": False, "opened": opened, "merged_from": [o.path for o in found]},
     )
-    earlier = await server.database.write(lambda c: checkpoints.add_checkpoint(c, checkpoint, overwrite=body.overwrite))
+    try:
+        earlier = await server.database.write(
+            lambda c: checkpoints.add_checkpoint(c, checkpoint, overwrite=body.overwrite)
+        )
+    except LoricaError:  # its name was taken meanwhile
+        await server.places.delete(artifact)
+        raise
     if earlier is not None:
         await server.dispatcher.retire(earlier.artifact)
     return {"tinker_path": str(path), "size_bytes": reply.size, "report": reply.info["report"], **opened}
