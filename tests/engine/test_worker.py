@@ -20,6 +20,8 @@ from lorica.engine import commands
 from lorica.engine.link import EngineError, EngineGone, EngineLink
 from lorica.engine.residency import read_state
 from lorica.engine.settings import EngineSettings, parse
+from lorica.engine.worker import method_settings
+from lorica.methods import all_methods
 from tests.engine.service import ADAM, SPEC, datum, sample, train
 
 pytestmark = pytest.mark.slow  # each starts a process that imports torch
@@ -98,6 +100,7 @@ def test_what_is_ready_tells_of_itself(tmp_path: Path) -> None:
             *("family", "parameters", "layers", "hidden", "vocabulary", "context", "fingerprint", "dtype"),
             *("tokenizer", "eos_ids"),
         }
+        assert ready.methods == method_settings() and set(ready.methods) == set(all_methods())
         assert info["family"] == "qwen3" and (Path(info["tokenizer"]) / "tokenizer.json").is_file() and info["eos_ids"]
         await link.stop()
 

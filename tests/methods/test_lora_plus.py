@@ -13,6 +13,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.adapters.layout import Layout
 from lorica.adapters.targets import Targets, select
 from lorica.core.errors import ConfigError
+from lorica.engine.worker import method_settings
 from lorica.methods import Method, all_methods, make_method
 from lorica.methods.dora import DoRA
 from lorica.methods.lora import LearningRates, LoRA
@@ -195,5 +196,5 @@ def test_the_ratio_is_asked_for_on_a_server_by_metadata(metadata: Callable[[], d
             "user_metadata": metadata(),
         }
     )
-    spec = specs.spec_of(body, "qwen3")
+    spec = specs.spec_of(body, "qwen3", method_settings())
     assert make_method(spec["method"], **spec["config"]).group_lr() == {"B": 16.0, "embedding": 0.5}

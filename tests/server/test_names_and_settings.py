@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from tinker.types.checkpoint import ParsedCheckpointTinkerPath
 
 from lorica.core.errors import ConfigError, DataError, TargetError
+from lorica.engine.worker import method_settings
 from lorica.server import naming, specs
 from lorica.server.bodies import CreateModelBody, OptimStepBody, SaveWeightsBody
 from lorica.server.errors import explain_validation
@@ -57,34 +58,38 @@ def create(**fields):
     return CreateModelBody.model_validate({"session_id": "s", "model_seq_id": 0, "base_model": "nano", **fields})
 
 
+def spec_of(family, **fields):
+    return specs.spec_of(create(**fields), family, method_settings())
+
+
 def test_plain_lora_is_asked_for_as_on_the_hosted_service():
-    spec = specs.spec_of(create(lora_config={"rank": 8, "seed": 3}), "qwen3")
+    spec = spec_of("qwen3", lora_config={"rank": 8, "seed": 3})
     assert spec["method"] == "lora" and spec["config"] == {"rank": 8, "alpha": 32} and spec["seed"] == 3
     assert spec["targets"]["include"] == [*specs.ATTENTION, *specs.MLP, *specs.HEAD]
 
 
 def test_the_flags_of_modules_are_not_ignored():
     flags = {"rank": 8, "train_mlp": False, "train_unembed": False}
-    assert specs.spec_of(create(lora_config=flags), "qwen3")["targets"]["include"] == list(specs.ATTENTION)
+    assert spec_of("qwen3", lora_config=flags)["targets"]["include"] == list(specs.ATTENTION)
     with pytest.raises(TargetError, match="c_attn"):
-        specs.spec_of(create(lora_config=flags), "gpt2")
+        spec_of("gpt2", lora_config=flags)
 
 
 def test_metadata_choose_any_method_also_as_texts():
     for config in ({"rank": 4, "dropout": 0.1}, '{"rank": 4, "dropout": 0.1}'):
-        spec = specs.spec_of(create(user_metadata={"method": "dora", "config": config, "note": "mine"}), "qwen3")
+        spec = spec_of("qwen3", user_metadata={"method": "dora", "config": config, "note": "mine"})
         assert spec["method"] == "dora" and spec["config"] == {"rank": 4, "dropout": 0.1} and spec["targets"] == {}
-    flat = specs.spec_of(create(user_metadata={"method": "ia3", "targets": "k_proj", "rank": "2"}), "qwen3")
+    flat = spec_of("qwen3", user_metadata={"method": "vera", "targets": "k_proj", "rank": "2"})
     assert flat["config"] == {"rank": 2} and flat["targets"] == {"include": ["k_proj"]}
 
 
 def test_alpha_can_be_set():
-    assert specs.spec_of(create(user_metadata={"lora_alpha": 64}), "qwen3")["config"]["alpha"] == 64
+    assert spec_of("qwen3", user_metadata={"lora_alpha": 64})["config"]["alpha"] == 64
 
 
 def test_an_optimizer_that_is_not_here_is_refused():
     with pytest.raises(ConfigError, match="dimuon"):
-        specs.spec_of(create(optimizer_config={"type": "dimuon", "version": 1}), "qwen3")
+        spec_of("qwen3", optimizer_config={"type": "dimuon", "version": 1})
 
 
 def test_what_does_not_validate_is_told_in_one_sentence():

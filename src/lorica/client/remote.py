@@ -60,7 +60,8 @@ class ServiceClient(tinker.ServiceClient):  # type: ignore[misc]
             method: LoRA with its defaults if not given.
             targets: what to adapt, with `rank_pattern` and `alpha_pattern` for single sites; else the method's own.
             seed: of the initial values; none lets the server draw one.
-            user_metadata: texts kept with the run; `method`, `config`, `targets` and `alpha` are written by this call.
+            user_metadata: texts kept with the run, whatever settings are called; `method`, `config`, `targets`, `alpha`
+                and `lora_alpha` are taken, for this call writes what a run is.
 
         Raises: ConfigError for metadata that this call writes itself. What the server refuses, the future raises.
         """

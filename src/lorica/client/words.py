@@ -4,4 +4,6 @@ In: nothing. Out: names. Refuses to know what is sent.
 """
 
 RESERVED = ("method", "config", "targets", "alpha", "lora_alpha")
-"""Keys of `user_metadata` that say what a run is; all others are the user's own."""
+"""Keys of `user_metadata` that say what a run is. With `config` all others are notes of the user's own; with `method`
+and without `config` those that are settings of the method say it too.
+"""

@@ -212,13 +212,23 @@ class Reply(Frame, frozen=True, tag=True):
     id: int
 
 
+class MethodSettings(msgspec.Struct, frozen=True):
+    """The config fields of a registered method, for who has no torch to ask it. `fields`: each one's name, and whether
+    a text is its value as it stands; for others a text is the JSON of one. `peft`: PEFT's names, theirs → ours.
+    """
+
+    fields: dict[str, bool] = {}
+    peft: dict[str, str] = {}
+
+
 class Ready(Reply, frozen=True):
     """The engine has its backbone. `info`: family, parameters, layers, hidden, vocabulary, context, fingerprint,
-    dtype, tokenizer (a directory or hub id, or empty), eos_ids.
+    dtype, tokenizer (a directory or hub id, or empty), eos_ids. `methods`: every registered one, by name.
     """
 
     model: str
     info: dict[str, Any]
+    methods: dict[str, MethodSettings]
 
 
 class Opened(Reply, frozen=True):

@@ -15,7 +15,8 @@ import socket
 import struct
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -141,7 +142,29 @@ def start(settings: EngineSettings) -> tuple[EngineCore, commands.Ready]:
     )
     core = EngineCore(backbone, settings)
     core.warm_up()
-    return core, commands.Ready(0, settings.model, describe(backbone, settings.model))
+    return core, commands.Ready(0, settings.model, describe(backbone, settings.model), method_settings())
+
+
+def method_settings() -> dict[str, commands.MethodSettings]:
+    """What `Ready` tells of the methods, those of other packages too."""
+    from lorica.methods import all_methods
+
+    return {
+        name: commands.MethodSettings(
+            {field: _takes_text(info.annotation) for field, info in method.model_fields.items()},
+            dict(method.peft.fields) if method.peft else {},
+        )
+        for name, method in all_methods().items()
+    }
+
+
+def _takes_text(annotation: Any) -> bool:
+    """Whether a field's type, or one of those that it allows, is text. A list of texts is none."""
+    if get_origin(annotation) is Literal:
+        return any(isinstance(value, str) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        return any(map(_takes_text, get_args(annotation)))
+    return isinstance(annotation, type) and issubclass(annotation, str)
 
 
 def describe(backbone: Backbone, name: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lorica.core.errors import LoricaError
-from lorica.engine.commands import Command, Progress, Stats
+from lorica.engine.commands import Command, MethodSettings, Progress, Ready, Stats
 from lorica.engine.link import EngineError, EngineGone, EngineLink
 from lorica.server.observer import Observer
 from lorica.server.settings import Settings
@@ -29,13 +29,16 @@ PATIENCE = (0.0, 0.1, 1.0, 5.0, 15.0)
 
 
 class Backbone:
-    """One model. `life` counts its engine's lives; `ready` is set while one works; `info` is what it told of itself."""
+    """One model. `life` counts its engine's lives; `ready` is set while one works; `info` is what it told of itself,
+    and `methods` what it told of the registered methods.
+    """
 
     def __init__(self, name: str, folder: Path, observer: Observer, **settings: Any) -> None:
         self.name = name
         self.observer = observer
         self._folder = folder
         self.info: dict[str, Any] = {}
+        self.methods: dict[str, MethodSettings] = {}
         self.life = 0
         self.ready = asyncio.Event()
         self.stats: dict[str, float] = {}
@@ -95,16 +98,15 @@ class Backbone:
         """The first life. Raises LoricaError where there is no such model."""
         begun = time.monotonic()
         self._clear()
-        ready = await self._link.start()
-        self._begin(dict(ready.info))
+        self._begin(await self._link.start())
         log.info("engine ready", extra={"fields": {"model": self.name, "seconds": round(time.monotonic() - begun, 2)}})
 
     def _clear(self) -> None:
         """What a life put aside means nothing to the next one."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _begin(self, info: dict[str, Any]) -> None:
-        self.info = info
+    def _begin(self, told: Ready) -> None:
+        self.info, self.methods = dict(told.info), dict(told.methods)
         self.life += 1
         self.ready.set()
         self.observer.turned(self.name, ready=True)
@@ -121,7 +123,7 @@ class Backbone:
             log.warning("engine died; starting it again", extra={"fields": {"model": self.name, "life": self.life}})
             self._clear()
             try:
-                self._begin(dict((await self._link.restart()).info))
+                self._begin(await self._link.restart())
             except (LoricaError, EngineGone, OSError) as error:
                 failures += 1
                 log.error("engine of %s does not start: %s", self.name, error)

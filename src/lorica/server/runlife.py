@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import asyncio
-import dataclasses
 import logging
 from collections.abc import Coroutine
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from lorica.core.errors import DataError, LoricaError
 from lorica.engine.commands import Close, Command, Load, Open, Opened, RunSpec
 from lorica.engine.link import EngineError, EngineGone
-from lorica.server import specs, work
+from lorica.server import work
 from lorica.server.backbones import Backbone
 from lorica.server.futures import Result
 from lorica.server.items import DEATHS, Flight, Item, Record, Since, closing, engine_failure, finishing
@@ -152,29 +151,19 @@ class RunLife(abc.ABC):
             await self._finish(item, result, lambda c: closing(c, self.run.id))
             return
         info = {**self.run.info, "opened": work.opened(reply)}
-        rank, run_id, spec, came = reply.rank, self.run.id, self.run.spec, self.run.info.get("loaded_from")
+        rank, run_id, came = reply.rank, self.run.id, self.run.info.get("loaded_from")
         told: dict[str, Any] = {"type": "create_model", "model_id": run_id}
         if came:
             told = {"type": "load_weights", "model_id": run_id, "path": came}
-        await self._finish(item, Result.of(told), lambda c: runs.set_run(c, run_id, spec=spec, rank=rank, info=info))
+        await self._finish(item, Result.of(told), lambda c: runs.set_run(c, run_id, rank=rank, info=info))
         if came:  # what it came from may be deleted from now on
             self._since.requests += 1
             self._snapshot()
 
     async def _open_or_refuse(self) -> Opened:
-        """The engine's answer about a new run. A method without a rank is asked for once more without the SDK's."""
+        """The engine's answer about a new run."""
         self._engine = self.backbone.life
-        try:
-            first, *rest = await self._begin()
-            reply = await self.backbone.send(first)
-        except EngineError as error:
-            spec = specs.without_rank(self.run.spec, error.code, error.message)
-            if spec is None:
-                raise
-            self.run = dataclasses.replace(self.run, spec=spec)
-            first, *rest = await self._begin()
-            reply = await self.backbone.send(first)
-        for command in rest:
+        for command in await self._begin():
             reply = await self.backbone.send(command)
         assert isinstance(reply, Opened)
         return reply

@@ -50,7 +50,7 @@ async def create_model(body: CreateModelBody, server: ServerDep, caller: CallerD
     run_id = naming.run_id(body.session_id, body.model_seq_id)
     await check_room(server, caller.tenant, run_id)
     try:
-        spec = specs.spec_of(body, str(backbone.info.get("family", "")))
+        spec = specs.spec_of(body, str(backbone.info.get("family", "")), backbone.methods)
         patterns = spec["targets"].get("rank_pattern")
         for rank in (spec["config"].get("rank"), *(patterns.values() if isinstance(patterns, dict) else ())):
             check_rank(server, caller.tenant, rank)
@@ -71,9 +71,13 @@ async def create_model(body: CreateModelBody, server: ServerDep, caller: CallerD
 
 
 def check_rank(server: Server, tenant: str, rank: Any) -> None:
-    """Raises DataError for a rank above the tenant's limit."""
+    """Raises DataError for a rank above the tenant's limit, and for what is none: it could not be compared."""
+    if rank is None:
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise DataError(f"Rank is {rank!r}: a whole number is right.")
     most = server.limiter.rank(tenant)
-    if isinstance(rank, int) and rank > most:
+    if rank > most:
         raise DataError(f"Rank {rank} is above this key's limit of {most}.")
 
 
