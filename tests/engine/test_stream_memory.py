@@ -168,12 +168,12 @@ def test_a_row_that_takes_the_seat_of_another_of_its_adapter_leaves_the_linear_s
     for _ in range(3):
         stream.turn()
     (batch,) = stream._batches.values()
-    before = batch._forwards
+    before = batch._step
     assert len(batch._rows) == 4 and batch.live == 3
     follower = request(host, 4, "lora", max_tokens=9, seed=7)
     stream.add(follower)
     stream.turn()
-    assert batch._forwards is before and batch.live == 4
+    assert batch._step is before and batch.live == 4
     found, _ = finish(stream)
     same(found[4], alone(host, follower))
     same(found[1], alone(host, request(host, 1, "dora", max_tokens=30, seed=1)))

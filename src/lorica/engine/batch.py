@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorica.core.errors import LoricaError
 from lorica.engine.abilities import FAILURES, close, probe_row
-from lorica.engine.decode import Forwards, Updates, step_forwards
+from lorica.engine.decode import Step, Updates, step_of
 from lorica.engine.groups import standing_in
 from lorica.engine.jobs import Job, Row, take
 from lorica.engine.kv_cache import Budget, KVCache
@@ -67,11 +67,12 @@ def _forced(trunk: Trunk, row: Sequence[int]) -> Tensor:
     cache.claim(len(row))
     cache.order(cache.put([(first, len(row))]))
     found = []
-    with trunk.host.rows([()]), standing_in(step_forwards(executor, [()], Updates())):
+    step = step_of(executor, [()], Updates())
+    with trunk.host.rows([()]), standing_in(step.forwards):
         trunk.host.begin()
         for token in row[2:]:
             cache.advance()
-            found.append(feed(trunk, cache, trunk.tensor([[token]]), cache.positions())[:, 0])
+            found.append(feed(trunk, cache, trunk.tensor([[token]]), cache.positions(), step.walk)[:, 0])
     return torch.cat(found)
 
 
@@ -86,7 +87,7 @@ class Batch:
         self._passing: list[Row] = []
         self._stale = False
         self._stacks: list[Stack] = []
-        self._forwards: Forwards = []
+        self._step = Step([])
 
     @property
     def live(self) -> int:
@@ -184,11 +185,11 @@ class Batch:
     def _decode(self, events: list[Event]) -> None:
         self._compose()
         cache = self.cache
-        with self.host.rows(self._stacks), standing_in(self._forwards):
+        with self.host.rows(self._stacks), standing_in(self._step.forwards):
             self.host.begin()
             cache.advance()
             ids_R1 = self.trunk.tensor([[row.tokens[-1]] for row in self._rows])
-            hidden_RD = feed(self.trunk, cache, ids_R1, cache.positions())[:, 0]
+            hidden_RD = feed(self.trunk, cache, ids_R1, cache.positions(), self._step.walk)[:, 0]
             logits_RV = head(self.trunk, hidden_RD)
         self._take(self._rows, logits_RV, events)
 
@@ -225,8 +226,8 @@ class Batch:
         live.sort(key=lambda row: (first[row.job.request.stack], at[row]))
         stacks = [row.job.request.stack for row in live]
         if stacks != self._stacks:
-            self._forwards = []  # frees the old factors before there are new ones
-            self._forwards = step_forwards(self.host.executor, stacks, self.updates)
+            self._step = Step([])  # frees the old factors before there are new ones
+            self._step = step_of(self.host.executor, stacks, self.updates)
         self._rows, self._stacks, self._stale = live, stacks, False
         self.cache.order([row.place for row in live])
 
@@ -254,7 +255,7 @@ class Batch:
         self._vacate()
         self._passing = [row for row in self._passing if not row.dead]
         if not any(row.place for row in self._rows):
-            self._rows, self._stacks, self._forwards = [], [], []
+            self._rows, self._stacks, self._step = [], [], Step([])
 
     def _vacate(self) -> None:
         for row in self._rows:

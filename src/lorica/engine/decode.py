@@ -8,7 +8,7 @@ such form keeps its own forward. Refuses to know caches, sampling and methods.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from lorica.adapters.adapter import Adapter
 from lorica.core.update import LinearUpdate, Update
 from lorica.engine.executor import Executor
-from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
-from lorica.engine.fast import step_norms
+from lorica.engine.factors import NOTHING, Folded, GroupFactors, fold
+from lorica.engine.fast import gated_blocks, hooked, step_norms
 from lorica.engine.groups import Group, Shared, Stand, groups_of
 from lorica.engine.route import Stack
+from lorica.engine.step_blocks import GatedStep, Joined, RotaryStep, Turn, rotary_parts
+from lorica.engine.step_trunk import Walk, outside, walk_of
 
 IDLE = 8
 """Updates of so many adapters without rows are kept for the next ones."""
@@ -75,10 +77,7 @@ class Updates:
         if (site, dtype) not in own:
             updates = [executor.lowered(adapter, site) for adapter in acting]
             linear = [u for u in updates if isinstance(u, LinearUpdate)]
-            found = fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING
-            if found is not None and found.B_RO is not None and dtype.itemsize > 2:
-                found = replace(found, B_RO=found.B_RO.contiguous())  # it is copied into a stack again and again
-            own[site, dtype] = found
+            own[site, dtype] = fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING
         return own[site, dtype]
 
 
@@ -94,31 +93,66 @@ class _Step(Shared):
         super().__init__(group)
         self.factors = factors
 
-    def compute(self, x: Tensor) -> list[Tensor]:
+    def joined(self, x: Tensor) -> Tensor:
+        """The outputs of all members side by side, [N, ΣO]."""
         x_NI = x.reshape(-1, x.shape[-1])
         factors = self.factors
         y_NO = self.group.maps.forward(x_NI if factors is None else factors.scaled(x_NI))
-        y_NO = y_NO if factors is None else factors.add(x_NI, y_NO)
+        return y_NO if factors is None else factors.add(x_NI, y_NO)
+
+    def compute(self, x: Tensor) -> list[Tensor]:
+        y_NO = self.joined(x)
         y = y_NO.view(*x.shape[:-1], y_NO.shape[1])
         return [y] if len(self.group.maps.sizes) == 1 else list(y.split(self.group.maps.sizes, dim=-1))
 
 
-def step_forwards(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Forwards:
-    """Stand-ins for linear modules that expect one token of each of these rows; neighbours of one stack share. Norms
-    have some too.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """How modules compute one token of each row. `walk` is a pass through the trunk, None where that is the trunk's own
+    with `forwards` standing in.
+    """
+
+    forwards: Forwards
+    walk: Walk | None = None
+
+
+def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Step:
+    """Stand-ins that expect one token of each of these rows; neighbours of one stack share. Linear modules have some,
+    norms, and blocks of known form.
     """
     backbone = executor.backbone
     if executor.compute not in (None, backbone.dtype) or torch.is_autocast_enabled(backbone.device.type):
-        return []
+        return Step([])
     if backbone.dtype == torch.float16:  # its adapters compute in float32
-        return []
+        return Step([])
     forwards: Forwards = step_norms(executor, {adapter: None for stack in stacks for adapter in stack})
+    whole: dict[tuple[nn.Module, ...], Joined] = {}
     for group in groups_of(executor):
         if not group.free:
             continue
         factors, slow = _factors(executor, [m.site for m in group.members], stacks, updates)
         step = _Step(group, factors)
         forwards += [(m.module, Stand(step, i)) for i, m in enumerate(group.members) if i not in slow]
+        if not slow and not any(hooked(m.module) for m in group.members):
+            whole[tuple(m.module for m in group.members)] = step.joined
+    forwards += _blocks(executor, whole, {module for module, _ in forwards})
+    walk = walk_of(executor, dict(forwards))
+    return Step(forwards if walk is None else outside(executor, dict(forwards)), walk)
+
+
+def _blocks(executor: Executor, whole: dict[tuple[nn.Module, ...], Joined], plain: set[nn.Module]) -> Forwards:
+    """Stand-ins for blocks all of whose maps are joined, and whose norms are `plain`: no adapter changes them."""
+    turn = Turn()
+    forwards: Forwards = []
+    for rotary in rotary_parts(executor).values():
+        maps, out = whole.get(rotary.maps), whole.get((rotary.out,))
+        bare = "forward" not in rotary.module.__dict__ and plain.issuperset(rotary.norms)
+        if maps is not None and out is not None and bare and not any(hooked(norm) for norm in rotary.norms):
+            forwards.append((rotary.module, RotaryStep(rotary, maps, out, turn)))
+    for block in gated_blocks(executor):
+        both, down = whole.get((block.gate, block.up)), whole.get((block.down,))
+        if both is not None and down is not None and "forward" not in block.module.__dict__:
+            forwards.append((block.module, GatedStep(block, both, down)))
     return forwards
 
 
@@ -135,8 +169,9 @@ def _factors(
             distinct.append(stack)
             runs.append((row, row + 1))
     weight = executor.backbone.weight(sites[0])
-    few = len(distinct) <= FEW and weight.device.type == "cpu"
-    dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
+    # a CPU reads as many numbers a second in float32 as in half precision here, and the masters are no wider
+    small = weight.device.type == "cpu"
+    dtype = torch.promote_types(weight.dtype, torch.float32) if small else weight.dtype
     slow: set[int] = set()
     maps: list[list[Folded]] = []
     for i, site in enumerate(sites):

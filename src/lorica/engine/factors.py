@@ -17,19 +17,17 @@ from torch import Tensor
 from lorica.core.update import LinearUpdate
 
 FEW = 4
-"""Up to so many distinct stacks, factors of a half-precision base are float32 on a CPU, whose small products are
-faster so.
-"""
+"""Up to so many distinct stacks, all maps of a group are one product: fewer calls, hardly more bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """`y = out_scale ⊙ ((x ⊙ in_scale) W₀ᵀ + b₀ + x Aᵀ B) + shift` of one stack at one site; scales are folded into
+    """`y = out_scale ⊙ ((x ⊙ in_scale) W₀ᵀ + b₀ + x Aᵀ Bᵀ) + shift` of one stack at one site; scales are folded into
     B.
     """
 
     A_RI: Tensor | None
-    B_RO: Tensor | None
+    B_OR: Tensor | None
     in_scale_I: Tensor | None
     out_scale_O: Tensor | None
     shift_O: Tensor | None
@@ -56,7 +54,7 @@ def fold(updates: Sequence[LinearUpdate], bias_O: Tensor | None, dtype: torch.dt
 
     return Folded(
         torch.cat([f.A_RI for f in plain]).to(dtype) if plain else None,
-        torch.cat([f.B_OR for f in plain], dim=1).T.to(dtype) if plain else None,
+        torch.cat([f.B_OR for f in plain], dim=1).to(dtype) if plain else None,
         cast(first.in_scale_I),
         cast(first.out_scale_O),
         cast(shift_O),
@@ -64,31 +62,31 @@ def fold(updates: Sequence[LinearUpdate], bias_O: Tensor | None, dtype: torch.dt
 
 
 class _LowRank:
-    """Stacked factors: A [T, ΣR, I] over all maps, and blocks of B, each with its ranks and its outputs.
+    """Stacked factors: A [T, ΣR, I] over all maps, and blocks of B [T, O, R], each with its ranks and its outputs.
 
-    In half precision B lies in memory as [T, O, R], which the CPU's kernels read two to three times as fast. Where few
-    stacks are present one block holds all maps, zero off its diagonal: fewer products, hardly more bytes.
-    `runs` are the rows `[start, stop)` of each stack; where they are not of one height, rows are gathered and
-    scattered.
+    A step reads every factor once, so what counts is how fast a kernel reads what no cache holds: with B as the methods
+    have it, and A as the first factor of a product with one column, that is up to twice as fast as the other ways.
+    Where few stacks are present one block holds all maps, zero off its diagonal. `runs` are the rows `[start, stop)` of
+    each stack; where they are not of one height, rows are gathered and scattered.
     """
 
     def __init__(self, maps: Sequence[Sequence[Folded]], sizes: Sequence[int], runs: Sequence[tuple[int, int]]) -> None:
         ranks = [max(0 if f.A_RI is None else f.A_RI.shape[0] for f in column) for column in maps]
         self.A_TRI = torch.cat(
-            [_padded([f.A_RI for f in column], r) for column, r in zip(maps, ranks, strict=True) if r], dim=1
+            [_padded([f.A_RI for f in column], r, 0) for column, r in zip(maps, ranks, strict=True) if r], dim=1
         )
         self.blocks: list[tuple[slice, slice, Tensor]] = []
         rank, out = 0, 0
         for column, r, size in zip(maps, ranks, sizes, strict=True):
             if r:
-                B_TRO = _stacked_b([f.B_RO for f in column], r)
-                self.blocks.append((slice(rank, rank + r), slice(out, out + size), B_TRO))
+                B_TOR = _padded([f.B_OR for f in column], r, 1)
+                self.blocks.append((slice(rank, rank + r), slice(out, out + size), B_TOR))
             rank, out = rank + r, out + size
         if len(runs) <= FEW and len(self.blocks) > 1:
-            joint_TRO = self.A_TRI.new_zeros(len(runs), rank, out)
-            for ranks_, outs, B_TRO in self.blocks:
-                joint_TRO[:, ranks_, outs] = B_TRO
-            self.blocks = [(slice(0, rank), slice(0, out), joint_TRO)]
+            joint_TOR = self.A_TRI.new_zeros(len(runs), out, rank)
+            for ranks_, outs, B_TOR in self.blocks:
+                joint_TOR[:, outs, ranks_] = B_TOR
+            self.blocks = [(slice(0, rank), slice(0, out), joint_TOR)]
         self.height = max(stop - start for start, stop in runs)
         self.covers = runs[-1][1] if runs[0][0] == 0 and all(b - a == self.height for a, b in runs) else -1
         if any(left[1] != right[0] for left, right in itertools.pairwise(runs)):
@@ -100,21 +98,32 @@ class _LowRank:
         self.place_n = self.index_Tn.flatten()[self.valid_n]
 
     def add(self, x_NI: Tensor, y_NO: Tensor) -> None:
-        """Add `x Aᵀ B` to y in place."""
+        """Add `x Aᵀ Bᵀ` to y in place."""
         x_low, plain = x_NI.to(self.A_TRI.dtype), self.covers == x_NI.shape[0]
+        if plain and len(self.A_TRI) == 1 and len(self.blocks) == 1:  # two plain products: fewer calls
+            _, outs, B_TOR = self.blocks[0]
+            _add_product(y_NO[:, outs], torch.mm(x_low, self.A_TRI[0].mT), B_TOR[0].mT)
+            return
         x_TnI = x_low.view(-1, self.height, x_low.shape[1]) if plain else x_low[self.index_Tn]
-        h_TnR = torch.bmm(x_TnI, self.A_TRI.mT)
-        for ranks, outs, B_TRO in self.blocks:
+        single = self.height == 1
+        h_TnR = torch.bmm(self.A_TRI, x_TnI.mT).mT if single else torch.bmm(x_TnI, self.A_TRI.mT)
+        for ranks, outs, B_TOR in self.blocks:
             h = h_TnR if len(self.blocks) == 1 else h_TnR[..., ranks]
-            if not plain:
-                low_nO = torch.bmm(h, B_TRO).flatten(0, 1)[self.valid_n]
-                y_NO[:, outs].index_add_(0, self.place_n, low_nO.to(y_NO.dtype))
+            if plain:
+                _add_product(y_NO[:, outs].view(-1, self.height, B_TOR.shape[1]), h, B_TOR.mT)
                 continue
-            y_TnO = y_NO[:, outs].view(-1, self.height, B_TRO.shape[2])
-            if y_NO.dtype == B_TRO.dtype and y_TnO.is_contiguous():
-                y_TnO.baddbmm_(h, B_TRO)
-            else:  # into a part of y a batched product would go row by row
-                y_TnO.add_(torch.bmm(h, B_TRO))
+            low_nO = torch.bmm(h, B_TOR.mT).flatten(0, 1)[self.valid_n]
+            y_NO[:, outs].index_add_(0, self.place_n, low_nO.to(y_NO.dtype))
+
+
+def _add_product(y: Tensor, h: Tensor, B: Tensor) -> None:
+    """Add a product, or a batch of products, to y in place."""
+    if y.dtype != B.dtype or not y.is_contiguous():  # into a part of y a batched product would go row by row
+        y.add_(torch.matmul(h, B))
+    elif y.ndim == 2:
+        y.addmm_(h, B)
+    else:
+        y.baddbmm_(h, B)
 
 
 class GroupFactors:
@@ -157,13 +166,7 @@ class GroupFactors:
         return (out_NO if self.shift_NO is None else out_NO + self.shift_NO).to(y_NO.dtype)
 
 
-def _stacked_b(parts: Sequence[Tensor | None], rank: int) -> Tensor:
-    """B's [r, O] of several stacks as one tensor [T, R, O], missing rows zero."""
-    half = any(part is not None and part.dtype in (torch.bfloat16, torch.float16) for part in parts)
-    return _padded([None if p is None else p.T for p in parts], rank, 1).mT if half else _padded(parts, rank)
-
-
-def _padded(parts: Sequence[Tensor | None], rank: int, axis: int = 0) -> Tensor:
+def _padded(parts: Sequence[Tensor | None], rank: int, axis: int) -> Tensor:
     """Factors with r ranks on an axis of several stacks as one tensor [T, ·, ·], missing ranks zero."""
     example = next(part for part in parts if part is not None)
     if all(part is not None and part.shape[axis] == rank for part in parts):

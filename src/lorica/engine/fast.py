@@ -112,6 +112,11 @@ def _fused(executor: Executor) -> tuple[dict[nn.Module, FusedNorm], list[Gated]]
     return found
 
 
+def gated_blocks(executor: Executor) -> list[Gated]:
+    """The gated blocks of known form."""
+    return _fused(executor)[1]
+
+
 def step_norms(executor: Executor, adapters: Iterable[Adapter]) -> list[tuple[nn.Module, Any]]:
     """Stand-ins for norms that none of these adapters changes, for passes of few tokens without gradients, autocast."""
     touched = list(adapters)

@@ -58,10 +58,13 @@ class FusedNorm:
 
     @property
     def in_one_call(self) -> Callable[[Tensor], Tensor] | None:
-        """torch's own norm, for passes without gradients: fewer calls, and one rounding fewer. None for other forms."""
-        if self.form is not FORMS[0]:
+        """torch's own norm, for passes without gradients: fewer calls, and one rounding fewer. None for a form whose
+        factor is not of the weight's dtype.
+        """
+        factor = self.weight if self.form is FORMS[0] else self.factor
+        if factor.dtype != self.weight.dtype:
             return None
-        return lambda x: F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return lambda x: F.rms_norm(x, factor.shape, factor, self.eps)
 
 
 class _Norm(torch.autograd.Function):
@@ -91,16 +94,16 @@ def norm_of(module: nn.Module) -> FusedNorm | None:
         return None
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None  # such norms are in float32 within, and a float64 base asks for its own rounding
-    probe = _probe((3, weight.shape[0]), weight)
-    expected = type(module).forward(module, probe)
+    x = probe((3, weight.shape[0]), weight)
+    expected = type(module).forward(module, x)
     for form in FORMS:
         fused = FusedNorm(weight, eps, form)
-        if torch.equal(fused(probe), expected):
+        if torch.equal(fused(x), expected):
             return fused
     return None
 
 
-def _probe(shape: Sequence[int], like: Tensor) -> Tensor:
+def probe(shape: Sequence[int], like: Tensor) -> Tensor:
     """Random numbers, the same each time; torch's global state is left alone."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(like)
 
@@ -136,12 +139,12 @@ def _is_gated(block: Gated, training: bool) -> bool:
     """Whether the parts give the block's output in one mode: some drop features while training."""
     module, was_training = block.module, block.module.training
     weight = cast(nn.Linear, block.gate).weight
-    probe = _probe((3, weight.shape[1]), weight)
+    x = probe((3, weight.shape[1]), weight)
     with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
         try:
             module.train(training)
-            expected = type(module).forward(module, probe)
-            return torch.equal(block.down(block.make(block.gate(probe), block.up(probe))), cast(Tensor, expected))
+            expected = type(module).forward(module, x)
+            return torch.equal(block.down(block.make(block.gate(x), block.up(x))), cast(Tensor, expected))
         except (TypeError, RuntimeError):  # a forward of another form
             return False
         finally:

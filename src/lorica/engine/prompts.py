@@ -22,6 +22,7 @@ from lorica.engine.kv_cache import Filling, KVCache
 from lorica.engine.kv_lane import Kept
 from lorica.engine.requests import TopK
 from lorica.engine.route import Stack
+from lorica.engine.step_trunk import Walk
 from lorica.engine.trunk import Trunk
 from lorica.sampling.logits import likeliest
 
@@ -90,11 +91,15 @@ def read(trunk: Trunk, prompts: Sequence[Prompt], *, keep: bool) -> list[Read]:
     return found
 
 
-def feed(trunk: Trunk, cache: KVCache, ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
-    """The newest tokens of each row behind what is cached, under a route of rows. Returns [rows, tokens, width]."""
+def feed(trunk: Trunk, cache: KVCache, ids_RT: Tensor, positions_RT: Tensor, walk: Walk | None = None) -> Tensor:
+    """The newest tokens of each row behind what is cached, under a route of rows. Returns [rows, tokens, width]. `walk`
+    takes the place of the trunk's own pass.
+    """
     module = trunk.backbone.trunk
     assert module is not None
     with caching(trunk, cache), without_mask():
+        if walk is not None:
+            return walk(ids_RT, positions_RT)
         hidden_RTD: Tensor = module(
             input_ids=ids_RT,
             position_ids=positions_RT,

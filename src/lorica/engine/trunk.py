@@ -71,13 +71,14 @@ class Trunk:
     @contextmanager
     def modes(self, *, training: bool) -> Iterator[None]:
         """Inside, every module is in this mode; afterwards each is in its own again."""
-        modes = [(module, module.training) for module in self.host.model.modules()]
-        self.host.train(training)
+        others = [module for module in self.host.model.modules() if module.training is not training]
+        for module in others:
+            vars(module)["training"] = training  # past `nn.Module.__setattr__`, which looks for parameters
         try:
             yield
         finally:
-            for module, mode in modes:
-                vars(module)["training"] = mode  # past `nn.Module.__setattr__`, which looks for parameters
+            for module in others:
+                vars(module)["training"] = not training
 
     def virtual(self, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
         """How many soft-prompt tokens and prefix positions stand before each row."""

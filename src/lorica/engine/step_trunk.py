@@ -1,0 +1,112 @@
+"""A whole trunk while rows are sampled token by token: a plain loop over its layers.
+
+In: a backbone, the stand-ins of a step. Out: final hidden states of one token of each row. Only for trunks that are
+proved, on a probe, to be a chain of `x + attention(norm(x))` and `x + block(norm(x))`, bit for bit: what transformers
+does around that costs a small model a tenth of each token. Refuses to know adapters, caches and families by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorica.engine.abilities import FAILURES, probe_row
+from lorica.engine.executor import Executor
+from lorica.engine.fast import hooked
+from lorica.models.backbone import Backbone
+
+KEPT = "chain"
+PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+Walk = Callable[[Tensor, Tensor], Tensor]
+"""Final hidden states [R, T, width] from ids and positions [R, T]."""
+Forward = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The modules of a trunk. Each layer has its norm, attention, second norm and feed-forward block."""
+
+    trunk: nn.Module
+    embedding: nn.Module
+    rotations: nn.Module
+    layers: tuple[tuple[nn.Module, ...], ...]
+    owners: tuple[nn.Module, ...]
+    norm: nn.Module
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """What a walk calls, besides the embedding and the rotations."""
+        return [*(part for parts in self.layers for part in parts), self.norm]
+
+    def walk(self, forward: Callable[[nn.Module], Forward]) -> Walk:
+        """A pass in which `forward` says how each module computes."""
+        layers = [tuple(forward(part) for part in parts) for parts in self.layers]
+        norm = forward(self.norm)
+
+        def run(ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
+            x_RTD: Tensor = self.embedding(ids_RT)
+            turns = self.rotations(x_RTD, positions_RT)
+            for first, attend, second, block in layers:
+                # by keyword, as transformers does
+                x_RTD = x_RTD + attend(hidden_states=first(x_RTD), position_embeddings=turns, attention_mask=None)[0]
+                x_RTD = x_RTD + block(second(x_RTD))
+            return cast(Tensor, norm(x_RTD))
+
+        return run
+
+
+def chain_of(executor: Executor) -> Chain | None:
+    """The trunk of a backbone as a chain, kept until its weights change; None for any other trunk."""
+    backbone = executor.backbone
+    if KEPT not in backbone.kept:
+        with executor.replay(None):
+            backbone.kept[KEPT] = _found(backbone)
+    return cast("Chain | None", backbone.kept[KEPT])
+
+
+@torch.no_grad()
+def _found(backbone: Backbone) -> Chain | None:
+    trunk = backbone.trunk
+    if trunk is None or "forward" in trunk.__dict__:
+        return None
+    owners = getattr(trunk, "layers", None)
+    ends = [getattr(trunk, name, None) for name in ("embed_tokens", "rotary_emb", "norm")]
+    if not isinstance(owners, nn.ModuleList) or not all(isinstance(end, nn.Module) for end in ends):
+        return None
+    layers = [tuple(getattr(owner, name, None) for name in PARTS) for owner in owners]
+    if not all(isinstance(part, nn.Module) for parts in layers for part in parts):
+        return None
+    embedding, rotations, norm = cast("list[nn.Module]", ends)
+    found = Chain(trunk, embedding, rotations, cast(Any, tuple(layers)), tuple(owners), norm)
+    ids_1T = torch.tensor([probe_row(backbone)], device=backbone.device)
+    places_1T = torch.arange(ids_1T.shape[1], device=backbone.device)[None]
+    try:  # without a mask, the attention of a single row is causal
+        wanted = trunk(input_ids=ids_1T, position_ids=places_1T, use_cache=False)[0]
+        return found if torch.equal(found.walk(lambda module: module)(ids_1T, places_1T), wanted) else None
+    except FAILURES:
+        return None
+
+
+def walk_of(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> Walk | None:
+    """The trunk's pass by these stand-ins, and by the modules themselves where there is none; None for a trunk that is
+    no chain, and where somebody listens to a module that would not be called.
+    """
+    chain = chain_of(executor)
+    if chain is None:
+        return None
+    standing = [part for part in chain.parts if part in forwards]
+    if any(hooked(module) for module in (chain.trunk, *chain.owners, *standing)):
+        return None
+    return chain.walk(lambda module: forwards.get(module, module))
+
+
+def outside(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> list[tuple[nn.Module, Forward]]:
+    """The stand-ins that a walk does not call itself: they must stand before their modules."""
+    chain = chain_of(executor)
+    assert chain is not None
+    inside = {module for part in chain.parts if part in forwards for module in part.modules()}
+    return [(module, forward) for module, forward in forwards.items() if module not in inside]
