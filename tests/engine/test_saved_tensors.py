@@ -20,7 +20,7 @@ from lorica.engine.linear import Base, Part, adapted_linear
 from lorica.methods import make_method
 from lorica.recipes.compare.costs import Saved
 
-N, I, O, R = 12, 64, 48, 4  # noqa: E741
+N, I, O, R, WIDE = 12, 64, 48, 4, 13  # noqa: E741
 RNG = torch.Generator()
 
 
@@ -52,7 +52,30 @@ CASES: dict[str, tuple[Callable[[], LinearUpdate], int]] = {
     "A alone is trained: x": (lambda: low_rank(trained(R, I), frozen(O, R)), I),
     "LoRA-FA: x Aᵀ": (lambda: low_rank(frozen(R, I), trained(O, R)), R),
     "VeRA: x Aᵀ": (lambda: low_rank(frozen(R, I), frozen(O, R), mid_R=trained(R), post_O=trained(O)), R),
-    "VeRA of a high rank: x": (lambda: low_rank(frozen(I + 1, I), frozen(O, I + 1), mid_R=trained(I + 1)), I),
+    "VeRA of more than O/4 ranks: x Aᵀ, and u": (
+        lambda: low_rank(frozen(WIDE, I), frozen(O, WIDE), mid_R=trained(WIDE), post_O=trained(O)),
+        WIDE + O,
+    ),
+    "VeRA of O/4 ranks: x Aᵀ": (
+        lambda: low_rank(frozen(WIDE - 1, I), frozen(O, WIDE - 1), mid_R=trained(WIDE - 1), post_O=trained(O)),
+        WIDE - 1,
+    ),
+    "its post alone is trained: u": (
+        lambda: low_rank(frozen(WIDE, I), frozen(O, WIDE), mid_R=frozen(WIDE), post_O=trained(O)),
+        O,
+    ),
+    "its mid alone is trained: x Aᵀ": (
+        lambda: low_rank(frozen(WIDE, I), frozen(O, WIDE), mid_R=trained(WIDE), post_O=frozen(O)),
+        WIDE,
+    ),
+    "its B is trained too: x Aᵀ": (
+        lambda: low_rank(frozen(WIDE, I), trained(O, WIDE), mid_R=trained(WIDE), post_O=trained(O)),
+        WIDE,
+    ),
+    "VeRA of a rank above the width: x": (
+        lambda: low_rank(frozen(I + 1, I), frozen(O, I + 1), mid_R=trained(I + 1)),
+        I,
+    ),
     "nothing is trained: nothing": (lambda: low_rank(frozen(R, I), frozen(O, R)), 0),
     "a bias: nothing": (lambda: LinearUpdate(bias_O=trained(O)), 0),
     "a frozen out_scale: nothing": (lambda: LinearUpdate(out_scale_O=frozen(O)), 0),
@@ -125,6 +148,16 @@ def test_what_x_is_made_of_is_kept_only_where_somebody_wants_its_gradient() -> N
         B, dy = update.factors[0].B_OR, frozen(N, O)
         one, two = (torch.autograd.grad(out, B, dy)[0] for out in (y, expected))
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
+
+
+def test_a_product_that_is_small_beside_what_x_is_made_of_is_kept() -> None:
+    RNG.manual_seed(5)
+    weight = frozen(O, I)
+    for rank, numbers in ((I // 4, 2 * I + I // 4), (I // 4 + 1, 2 * I)):
+        update = low_rank(trained(rank, I), trained(O, rank))
+        with Saved([weight, *own(update)]) as saved:
+            adapted_linear([trained(N, I), trained(N, I)], base(weight), [Part(0, N, update)], make=lambda g, u: g * u)
+        assert saved.bytes == 8 * N * numbers
 
 
 def saved_by(name: str, **settings: Any) -> int:

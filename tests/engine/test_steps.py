@@ -9,11 +9,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 from lorica.engine import decode
+from lorica.engine.chain import chain_of
 from lorica.engine.decode import Step, Updates, step_of
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.engine.step_blocks import rotary_parts
-from lorica.engine.step_trunk import chain_of
 from lorica.engine.trunk import Trunk
 from lorica.methods.norm import Norm
 from lorica.models.builtin import FAMILIES

@@ -18,7 +18,11 @@ from torch import Tensor
 from lorica.engine.equation import Dropout
 
 KEEP = 8
-"""Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most x's width divided by this."""
+"""Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most this part of what is saved."""
+WIDE = 4
+"""On a CPU, a rank beyond this part of its map's smaller side takes so much time that what spares a product is kept. On
+a GPU, whose products are cheap beside its memory traffic, it is not.
+"""
 
 Needs = Callable[[int], bool]
 """Whether there is a tensor of this index, and its gradient is wanted."""
@@ -55,6 +59,16 @@ class Term:
             add(self.post, (G_OR * tensors[self.B].to(G_OR.dtype)).sum(1))
 
 
+@dataclass(slots=True)
+class Low:
+    """What a block's products made on their way to y, as far as it is there: `x Aᵀ` [T, n, ΣR], and of each term that
+    stands apart `u = scale · (x Aᵀ ⊙ mid) Bᵀ` [n, O].
+    """
+
+    h: Tensor | None = None
+    us: Sequence[Tensor] = ()
+
+
 class Block:
     """Rows of T equal segments; `terms[t]` are those of segment t, as many and at the same columns in each.
 
@@ -78,7 +92,8 @@ class Block:
                 self.width += rank
         self.spans = [found[place] for place in places]
         self.ranks = ranks if len(found) == len(places) else None  # where no two share a place
-        self.narrow = all(rank * KEEP <= tensors[t.A].shape[1] for rank, t in zip(ranks, terms[0], strict=True))
+        self.largest = max(ranks)
+        self.wide = [t.post >= 0 and _is_wide(tensors[t.A], tensors[t.B]) for t in terms[0]]
         scales = {term.scale for own in terms for term in own}
         self.scale = scales.pop() if len(scales) == 1 and all(t.mid < 0 for t in terms[0]) else None
 
@@ -90,50 +105,72 @@ class Block:
 
     def reads_low(self, needs: Needs) -> bool:
         """Whether backward reads `x Aᵀ`."""
-        return any(needs(t.B) or needs(t.mid) or needs(t.post) for own in self.terms for t in own)
+        return any(needs(t.mid) for t in self.terms[0]) or any(self._crosses(i, needs) for i in range(len(self.spans)))
+
+    def narrow(self, beside: int) -> bool:
+        """Whether `x Aᵀ` is small beside so many numbers a token."""
+        return self.largest * KEEP <= beside
+
+    def _apart(self, i: int, needs: Needs) -> bool:
+        """Whether post is multiplied into `u = m Bᵀ`, not into B: u [n, O] is kept, and gives post's gradient without
+        the product `dyᵀ m` [O, R], which only B's own gradient would need.
+        """
+        return self.wide[i] and not needs(self.terms[0][i].B)
+
+    def _crosses(self, i: int, needs: Needs) -> bool:
+        """Whether backward forms `dyᵀ m`, from which the gradients of B and post come."""
+        return any(needs(own[i].B) or (needs(own[i].post) and not self.wide[i]) for own in self.terms)
 
     # -- the products ----------------------------------------------------------------------------------------------
 
-    def add(self, x_NI: Tensor, y_NO: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        """Add the terms to y in place. Returns `x Aᵀ`."""
+    def add(self, x_NI: Tensor, y_NO: Tensor, tensors: Sequence[Tensor], needs: Needs) -> Low:
+        """Add the terms to y in place. Returns what this made, for `back`."""
         h_TnR = self._read(x_NI) @ self._stacked_a(tensors, x_NI.dtype).mT
-        y = self._own(y_NO)
+        y, us = self._own(y_NO), []
         for i, m_TnR in enumerate(self._middles(h_TnR, tensors)):
-            y_TnO, B_TRO = columns_of(y, self.terms[0][i].columns), self._stacked_b(i, tensors, x_NI.dtype).mT
-            if self.count == 1:
-                y_TnO.addmm_(m_TnR, B_TRO)
+            term = self.terms[0][i]
+            y_TnO = columns_of(y, term.columns)
+            if self._apart(i, needs):
+                u_nO = m_TnR @ tensors[term.B].to(x_NI.dtype).mT
+                y_TnO.addcmul_(u_nO, tensors[term.post].to(x_NI.dtype))
+                us += [u_nO] if needs(term.post) else []
+            elif self.count == 1:
+                y_TnO.addmm_(m_TnR, self._stacked_b(i, tensors, x_NI.dtype).mT)
             else:
-                y_TnO.baddbmm_(m_TnR, B_TRO)
-        return h_TnR
+                y_TnO.baddbmm_(m_TnR, self._stacked_b(i, tensors, x_NI.dtype).mT)
+        return Low(h_TnR, us)
 
     def back(
         self,
         x_NI: Tensor | None,
         dy_NO: Tensor,
         tensors: Sequence[Tensor],
-        h_TnR: Tensor | None,
+        low: Low,
         needs: Needs,
         add: Add,
     ) -> Tensor:
         """Hand the gradients of all factors to `add`. Returns dA's other half: `dh` [T, n, ΣR], for `into_x`. x and
         `x Aᵀ` may be absent where nothing reads them.
         """
-        x_TnI = None if x_NI is None else self._read(x_NI)
+        x_TnI, h_TnR, us = None if x_NI is None else self._read(x_NI), low.h, iter(low.us)
         if h_TnR is None and self.reads_low(needs):
             assert x_TnI is not None
             h_TnR = x_TnI @ self._stacked_a(tensors, dy_NO.dtype).mT
         dy = self._own(dy_NO)
-        middles = None if h_TnR is None else self._middles(h_TnR, tensors)
+        crossed = [i for i in range(len(self.spans)) if self._crosses(i, needs)]
+        middles = self._middles(h_TnR, tensors) if crossed and h_TnR is not None else []
         parts: dict[int, Tensor] = {}
         for i, term in enumerate(self.terms[0]):
             dy_TnO = columns_of(dy, term.columns)
-            if middles is not None and any(needs(own[i].B) or needs(own[i].post) for own in self.terms):
-                # the narrow side is transposed: kernels would copy the other
-                self._b_grads(i, (middles[i].mT @ dy_TnO).mT, tensors, needs, add)
+            if i in crossed:
+                self._b_grads(i, self._cross(i, dy_TnO, middles[i]), tensors, needs, add)
+            elif needs(term.post):
+                add(term.post, (dy_TnO * next(us)).sum(0))
             dm_TnR = dy_TnO @ self._stacked_b(i, tensors, dy_NO.dtype)
             if needs(term.mid):
                 assert h_TnR is not None
-                add(term.mid, (dm_TnR * self._span(h_TnR, i)).sum(0).mul_(term.scale))
+                dmid_R = (dm_TnR * self._span(h_TnR, i)).sum(0)
+                add(term.mid, dmid_R if term.scale == 1.0 else dmid_R.mul_(term.scale))
             if self.scale is None:
                 dm_TnR = self._gained(i, dm_TnR, tensors)
             first = self.spans[i][0]
@@ -165,8 +202,14 @@ class Block:
             dA_RI = dA_TRI if self.count == 1 else dA_TRI[t]
             add(k, _narrow(dA_RI, 0, first, tensors[k].shape[0]))
 
+    def _cross(self, i: int, dy_TnO: Tensor, m_TnR: Tensor) -> Tensor:
+        """`dyᵀ m` [T, O, R], with `m = scale · (x Aᵀ ⊙ mid)`."""
+        if self.terms[0][i].post >= 0:  # it meets B number by number, so it lies in memory as B does
+            return dy_TnO.mT @ m_TnR
+        return (m_TnR.mT @ dy_TnO).mT  # the narrow side is transposed: kernels would copy the other
+
     def _b_grads(self, i: int, G_TOR: Tensor, tensors: Sequence[Tensor], needs: Needs, add: Add) -> None:
-        """`G = scale · dyᵀ (x Aᵀ ⊙ mid)`, ranks that were filled up included."""
+        """Of `G = dyᵀ m`, ranks that were filled up included."""
         for t, terms in enumerate(self.terms):
             G_OR = _narrow(G_TOR if self.count == 1 else G_TOR[t], 1, 0, tensors[terms[i].B].shape[1])
             terms[i].left_grads(G_OR, tensors, needs, add)
@@ -197,7 +240,8 @@ class Block:
         """`scale · mid ⊙`, by which `x Aᵀ` goes forth and its gradient comes back."""
         term = self.terms[0][i]
         if term.mid >= 0:
-            return low_TnR * (tensors[term.mid] * term.scale).to(low_TnR.dtype)
+            mid_R = tensors[term.mid] if term.scale == 1.0 else tensors[term.mid] * term.scale
+            return low_TnR * mid_R.to(low_TnR.dtype)
         scales = [own[i].scale for own in self.terms]
         if len(set(scales)) == 1:
             return low_TnR if scales[0] == 1.0 else low_TnR * scales[0]
@@ -231,6 +275,10 @@ class Block:
         rank = self.spans[i][1]
         parts = [tensors[terms[i].B] for terms in self.terms]
         return torch.stack([B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for B in parts]).to(dtype)
+
+
+def _is_wide(A_RI: Tensor, B_OR: Tensor) -> bool:
+    return A_RI.device.type == "cpu" and A_RI.shape[0] * WIDE > min(A_RI.shape[1], B_OR.shape[0])
 
 
 def _narrow(x: Tensor, axis: int, start: int, length: int) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lorica.adapters.adapter import Adapter
 from lorica.core.update import LinearUpdate, Update
+from lorica.engine.chain import Walk, outside, walk_of
 from lorica.engine.executor import Executor
 from lorica.engine.factors import NOTHING, Folded, GroupFactors, fold
 from lorica.engine.fast import gated_blocks, hooked, step_norms
 from lorica.engine.groups import Group, Shared, Stand, groups_of
 from lorica.engine.route import Stack
 from lorica.engine.step_blocks import GatedStep, Joined, RotaryStep, Turn, rotary_parts
-from lorica.engine.step_trunk import Walk, outside, walk_of
 
 IDLE = 8
 """Updates of so many adapters without rows are kept for the next ones."""

@@ -96,13 +96,17 @@ class _LowRank:
         self.valid_n = (index_Tn < stop_T1).flatten().nonzero()[:, 0]
         self.index_Tn = torch.where(index_Tn < stop_T1, index_Tn, start_T1)
         self.place_n = self.index_Tn.flatten()[self.valid_n]
+        self.single: tuple[Tensor, Tensor, slice | None] | None = None
+        if len(runs) == 1 and len(self.blocks) == 1:  # two plain products, which are called faster
+            _, outs, B_TOR = self.blocks[0]
+            self.single = self.A_TRI[0].mT, B_TOR[0].mT, None if outs == slice(0, sum(sizes)) else outs
 
     def add(self, x_NI: Tensor, y_NO: Tensor) -> None:
         """Add `x Aᵀ Bᵀ` to y in place."""
         x_low, plain = x_NI.to(self.A_TRI.dtype), self.covers == x_NI.shape[0]
-        if plain and len(self.A_TRI) == 1 and len(self.blocks) == 1:  # two plain products: fewer calls
-            _, outs, B_TOR = self.blocks[0]
-            _add_product(y_NO[:, outs], torch.mm(x_low, self.A_TRI[0].mT), B_TOR[0].mT)
+        if plain and self.single is not None:
+            A_IR, B_RO, outs = self.single
+            _add_product(y_NO if outs is None else y_NO[:, outs], torch.mm(x_low, A_IR), B_RO)
             return
         x_TnI = x_low.view(-1, self.height, x_low.shape[1]) if plain else x_low[self.index_Tn]
         single = self.height == 1

@@ -2,8 +2,8 @@
 
 In: x (or what x is made of), frozen maps, updates per segment and map. Out: the maps' outputs side by side, with
 gradients for x and every update tensor. One autograd node, which saves x (if an update's gradient reads it), r values a
-token of each low-rank update, and u where an out_scale is trained; dropout masks, and an x that was made here, are made
-again in backward.
+token of each low-rank update, and u where an out_scale is trained, or the post of a large rank; dropout masks, and an x
+that was made here, are made again in backward.
 Refuses to know adapters, methods and modules.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorica.core.update import LinearUpdate
-from lorica.engine.blocks import Block, Term, columns_of, rows_of
+from lorica.engine.blocks import Block, Low, Term, columns_of, rows_of
 from lorica.engine.equation import Dropout
 from lorica.engine.products import Product, blocks_of
 
@@ -166,29 +167,31 @@ class _AdaptedLinear(torch.autograd.Function):
         with _as_it_is(x_NI):
             blocks = blocks_of([(p.rows, p.terms, p.dropout) for p in plans], tensors)
             x_low = x_NI.to(compute) if blocks else x_NI
-            hidden = [block.add(x_low, low_NO, tensors) for block in blocks]
+            lows = [block.add(x_low, low_NO, tensors, needs) for block in blocks]
             kept = [_rest(plan, x_in, low_NO, tensors, base, needs) for plan in plans]
         made = make is not None and any(ctx.needs_input_grad[5 : 5 + count])
-        wanted, keeps = _saving(blocks, plans, needs, x_NI.shape[1], made=made)
+        wanted, keeps = _saving(blocks, plans, needs, [s.shape[1] for s in sources], made=made)
         saved = sources if wanted else ()
-        low = [h if keep else None for h, keep in zip(hidden, keeps, strict=True)]
-        ctx.save_for_backward(*saved, *tensors, *low, *kept)
+        flat = [t for low, keep in zip(lows, keeps, strict=True) for t in (low.h if keep else None, *low.us)]
+        ctx.save_for_backward(*saved, *tensors, *kept, *flat)
         ctx.base, ctx.plans, ctx.blocks, ctx.make = base, plans, blocks, make if wanted else None
-        ctx.dtypes, ctx.counts = (x_NI.dtype, compute), (len(saved), len(tensors))
+        ctx.dtypes, ctx.counts = (x_NI.dtype, compute), (len(saved), len(tensors), [len(low.us) for low in lows])
         return low_NO.to(y_NO.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        count, number = ctx.counts
+        count, number, apart = ctx.counts
         saved = ctx.saved_tensors  # asked for once, as checkpointing wants it
-        sources, tensors = saved[:count], saved[count : count + number]
+        sources, tensors, rest = saved[:count], saved[count : count + number], iter(saved[count + number :])
+        kept = [next(rest) for _ in ctx.plans]
+        lows = [Low(next(rest), list(islice(rest, size))) for size in apart]
         made, leaves = _made_again(ctx.make, sources)
         head = len(ctx.needs_input_grad) - number
         x_NI = (sources[0] if sources else None) if made is None else made.detach()
         back = _Backward(ctx, x_NI, tensors, grads[0].contiguous(), ctx.needs_input_grad[head:])
         with _as_it_is(grads[0]):
-            dx_NI = back.run(saved[count + number :], wants_x=any(ctx.needs_input_grad[5:head]))
+            dx_NI = back.run(kept, lows, wants_x=any(ctx.needs_input_grad[5:head]))
         dtensors = [
             g if g is None or g.dtype == t.dtype else g.to(t.dtype) for g, t in zip(back.grads, tensors, strict=True)
         ]
@@ -212,17 +215,23 @@ def _needs(flags: Sequence[bool]) -> Callable[[int], bool]:
 
 
 def _saving(
-    blocks: Sequence[Block | Product], plans: Sequence[_Plan], needs: Callable[[int], bool], width: int, *, made: bool
+    blocks: Sequence[Block | Product],
+    plans: Sequence[_Plan],
+    needs: Callable[[int], bool],
+    widths: Sequence[int],
+    *,
+    made: bool,
 ) -> tuple[bool, list[bool]]:
-    """Whether x is saved, and for each block whether its `x Aᵀ` is: where it is much smaller than the x that is saved
-    anyway, or takes the place of a larger one.
+    """Whether x is saved, as sources of these widths, and for each block whether its `x Aᵀ` is: where it is much
+    smaller than what is saved anyway, or takes the place of something larger.
     """
     low = [block.reads_low(needs) for block in blocks]
     wanted = made or any(block.reads_x(needs) for block in blocks)
     wanted = wanted or any(needs(plan.delta) or needs(plan.in_scale) for plan in plans)
     total = sum([block.width for block, reads in zip(blocks, low, strict=True) if isinstance(block, Block) and reads])
-    wanted = wanted or total > width
-    return wanted, [reads and (block.narrow or not wanted) for block, reads in zip(blocks, low, strict=True)]
+    beside = sum(widths)
+    wanted = wanted or total > beside
+    return wanted, [reads and (not wanted or block.narrow(beside)) for block, reads in zip(blocks, low, strict=True)]
 
 
 def _made_again(make: Make | None, sources: Sequence[Tensor]) -> tuple[Tensor | None, list[Tensor]]:
@@ -278,25 +287,27 @@ class _Backward:
         have = self.grads[index]
         self.grads[index] = value if have is None else have + value
 
-    def run(self, kept: Sequence[Tensor | None], *, wants_x: bool) -> Tensor | None:
-        """dx, where it is wanted. `kept` is `x Aᵀ` of each block, then u of each part; None where it was not kept."""
+    def run(self, kept: Sequence[Tensor | None], lows: Sequence[Low], *, wants_x: bool) -> Tensor | None:
+        """dx, where it is wanted. `kept` is u of each part, None where it was not kept, and `lows` is what was kept of
+        each block.
+        """
         dz_NO = self.dy_NO.to(self.compute)
         turned = any(p.out_scale >= 0 for p in self.plans)
         if turned and dz_NO is self.dy_NO:
             dz_NO = dz_NO.clone()
-        for plan, u_NO in zip(self.plans, kept[len(self.blocks) :], strict=True):
+        for plan, u_NO in zip(self.plans, kept, strict=True):
             self._rest(plan, u_NO, dz_NO)
-        low: list[Tensor] = []
+        dlows: list[Tensor] = []
         x_low = None if self.x_NI is None or not self.blocks else self.x_NI.to(self.compute)
-        for block, h_TnR in zip(self.blocks, kept, strict=False):
-            low.append(block.back(x_low, dz_NO, self.tensors, h_TnR, self.needs, self.add))
+        for block, low in zip(self.blocks, lows, strict=True):
+            dlows.append(block.back(x_low, dz_NO, self.tensors, low, self.needs, self.add))
         scaled = [p for p in self.plans if p.in_scale >= 0]
         if not wants_x and not any(self.needs(p.in_scale) for p in scaled):
             return None
         dx_NI = self._base_input(dz_NO, dz_NO.to(self.dtype) if turned else self.dy_NO.to(self.dtype), scaled)
         if not wants_x:
             return None
-        for block, dh_TnR in zip(self.blocks, low, strict=True):
+        for block, dh_TnR in zip(self.blocks, dlows, strict=True):
             block.into_x(dh_TnR, self.tensors, dx_NI)
         return dx_NI
 

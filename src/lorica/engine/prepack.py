@@ -48,7 +48,7 @@ class PackedWeight:
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         missing = LEAST - x_NI.shape[0]
-        x = x_NI if missing <= 0 else F.pad(x_NI, (0, 0, 0, missing))
+        x = x_NI if missing <= 0 else torch.constant_pad_nd(x_NI, (0, 0, 0, missing))
         y_NO: Tensor = _ops()._linear_pointwise(x, self._packed, self._bias_O, "none", [], "")
         return y_NO if missing <= 0 else y_NO[: x_NI.shape[0]]
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lorica.engine.blocks import Add, Block, Needs, Term, columns_of, rows_of
+from lorica.engine.blocks import Add, Block, Low, Needs, Term, columns_of, rows_of
 from lorica.engine.equation import Dropout
 
 LEAST = 16
@@ -80,8 +80,6 @@ def _bucket(rank: int) -> int:
 class Product:
     """One term of one segment as a matrix `D = scale · diag(post) B diag(mid) A` [O, I]; see `Block`."""
 
-    narrow = False
-
     def __init__(self, rows: slice, term: Term, dropout: Dropout | None) -> None:
         self.rows, self.term, self.dropout = rows, term, dropout
 
@@ -93,14 +91,19 @@ class Product:
         """There is no `x Aᵀ`."""
         return False
 
-    def add(self, x_NI: Tensor, y_NO: Tensor, tensors: Sequence[Tensor]) -> None:
+    def narrow(self, beside: int) -> bool:
+        """There is no `x Aᵀ` to keep."""
+        return False
+
+    def add(self, x_NI: Tensor, y_NO: Tensor, tensors: Sequence[Tensor], needs: Needs) -> Low:
         """Add `x Dᵀ` to y in place."""
         x_nI = rows_of(x_NI, self.rows)
         x_nI = x_nI if self.dropout is None else self.dropout(x_nI)
         self._own(y_NO).addmm_(x_nI, self._matrix(tensors, x_NI.dtype).mT)
+        return Low()
 
     def back(
-        self, x_NI: Tensor | None, dy_NO: Tensor, tensors: Sequence[Tensor], h: Tensor | None, needs: Needs, add: Add
+        self, x_NI: Tensor | None, dy_NO: Tensor, tensors: Sequence[Tensor], low: Low, needs: Needs, add: Add
     ) -> Tensor:
         """Hand the gradients of the factors to `add`. Returns dy's part, for `into_x`."""
         dy_nO, term = self._own(dy_NO), self.term

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from lorica.data.packing import end_to_end
 from lorica.engine.attention import without_mask
+from lorica.engine.chain import Walk
 from lorica.engine.fast import fast_modules
 from lorica.engine.kv_cache import Filling, KVCache
 from lorica.engine.kv_lane import Kept
 from lorica.engine.requests import TopK
 from lorica.engine.route import Stack
-from lorica.engine.step_trunk import Walk
 from lorica.engine.trunk import Trunk
 from lorica.sampling.logits import likeliest
 

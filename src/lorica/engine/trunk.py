@@ -17,6 +17,7 @@ from lorica.core.update import SoftPrompt
 from lorica.data.packing import Packed, end_to_end
 from lorica.engine.abilities import probe_packing
 from lorica.engine.attention import without_mask
+from lorica.engine.chain import packed_walk_of
 from lorica.engine.fast import fast_modules
 from lorica.engine.host import Host
 from lorica.engine.route import Stack
@@ -103,7 +104,10 @@ class Trunk:
             positions_N = positions_N + torch.repeat_interleave(self.tensor(shifts), self.tensor(lengths))
         if any(prompts):
             return self._with_prompts(ids_N, positions_N, lengths, prompts)
+        walk = packed_walk_of(self.host.executor)
         with without_mask():
+            if walk is not None:
+                return walk(ids_N[None], positions_N[None])[0]
             output = backbone.trunk(input_ids=ids_N[None], position_ids=positions_N[None], use_cache=False)
         hidden_1ND: Tensor = output[0]
         return hidden_1ND[0]

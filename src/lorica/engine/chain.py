@@ -1,8 +1,8 @@
-"""A whole trunk while rows are sampled token by token: a plain loop over its layers.
+"""Trunks that are a chain of `x + attention(norm(x))` and `x + block(norm(x))`: a plain loop over their layers.
 
-In: a backbone, the stand-ins of a step. Out: final hidden states of one token of each row. Only for trunks that are
-proved, on a probe, to be a chain of `x + attention(norm(x))` and `x + block(norm(x))`, bit for bit: what transformers
-does around that costs a small model a tenth of each token. Refuses to know adapters, caches and families by name.
+In: a backbone, stand-ins for its modules. Out: final hidden states. Only for trunks that are proved, on a probe, to be
+such a chain, bit for bit: what transformers does around the layers costs a small model a tenth of each pass. Refuses to
+know adapters, caches and families by name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Chain:
         return [*(part for parts in self.layers for part in parts), self.norm]
 
     def walk(self, forward: Callable[[nn.Module], Forward]) -> Walk:
-        """A pass in which `forward` says how each module computes."""
+        """A pass in which `forward` says how each module computes, now and later."""
         layers = [tuple(forward(part) for part in parts) for parts in self.layers]
         norm = forward(self.norm)
 
@@ -84,11 +84,17 @@ def _found(backbone: Backbone) -> Chain | None:
     found = Chain(trunk, embedding, rotations, cast(Any, tuple(layers)), tuple(owners), norm)
     ids_1T = torch.tensor([probe_row(backbone)], device=backbone.device)
     places_1T = torch.arange(ids_1T.shape[1], device=backbone.device)[None]
+    modes = [module for module in trunk.modules() if module.training]
     try:  # without a mask, the attention of a single row is causal
+        for module in modes:
+            vars(module)["training"] = False
         wanted = trunk(input_ids=ids_1T, position_ids=places_1T, use_cache=False)[0]
         return found if torch.equal(found.walk(lambda module: module)(ids_1T, places_1T), wanted) else None
     except FAILURES:
         return None
+    finally:
+        for module in modes:
+            vars(module)["training"] = True
 
 
 def walk_of(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> Walk | None:
@@ -102,6 +108,18 @@ def walk_of(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> Walk |
     if any(hooked(module) for module in (chain.trunk, *chain.owners, *standing)):
         return None
     return chain.walk(lambda module: forwards.get(module, module))
+
+
+def packed_walk_of(executor: Executor) -> Walk | None:
+    """A packed pass by the forwards that the modules have now; None for a trunk that is no chain, whose layers are
+    checkpointed, or where somebody listens to one.
+    """
+    chain = chain_of(executor)
+    if chain is None or hooked(chain.trunk):
+        return None
+    if any(hooked(layer) or getattr(layer, "gradient_checkpointing", False) for layer in chain.owners):
+        return None
+    return chain.walk(lambda module: module if hooked(module) else module.forward)
 
 
 def outside(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> list[tuple[nn.Module, Forward]]:
