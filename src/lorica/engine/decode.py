@@ -18,7 +18,7 @@ from lorica.adapters.adapter import Adapter
 from lorica.core.update import LinearUpdate, Update
 from lorica.engine.chain import Walk, outside, walk_of
 from lorica.engine.executor import Executor
-from lorica.engine.factors import NOTHING, Folded, GroupFactors, fold
+from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
 from lorica.engine.fast import gated_blocks, hooked, step_norms
 from lorica.engine.groups import Group, Shared, Stand, groups_of
 from lorica.engine.route import Stack
@@ -169,9 +169,8 @@ def _factors(
             distinct.append(stack)
             runs.append((row, row + 1))
     weight = executor.backbone.weight(sites[0])
-    # a CPU reads as many numbers a second in float32 as in half precision here, and the masters are no wider
-    small = weight.device.type == "cpu"
-    dtype = torch.promote_types(weight.dtype, torch.float32) if small else weight.dtype
+    few = len(distinct) <= FEW and weight.device.type == "cpu"
+    dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
     slow: set[int] = set()
     maps: list[list[Folded]] = []
     for i, site in enumerate(sites):

@@ -17,7 +17,9 @@ from torch import Tensor
 from lorica.core.update import LinearUpdate
 
 FEW = 4
-"""Up to so many distinct stacks, all maps of a group are one product: fewer calls, hardly more bytes."""
+"""Up to so many distinct stacks, all maps of a group are one product (fewer calls, hardly more bytes), and factors of a
+half-precision base are float32 on a CPU, whose products of so few numbers are faster so.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,28 +67,29 @@ class _LowRank:
     """Stacked factors: A [T, ΣR, I] over all maps, and blocks of B [T, O, R], each with its ranks and its outputs.
 
     A step reads every factor once, so what counts is how fast a kernel reads what no cache holds: with B as the methods
-    have it, and A as the first factor of a product with one column, that is up to twice as fast as the other ways.
+    have it, and a float32 A as the first factor of a product with one column, up to twice as fast as the other ways.
     Where few stacks are present one block holds all maps, zero off its diagonal. `runs` are the rows `[start, stop)` of
     each stack; where they are not of one height, rows are gathered and scattered.
     """
 
     def __init__(self, maps: Sequence[Sequence[Folded]], sizes: Sequence[int], runs: Sequence[tuple[int, int]]) -> None:
         ranks = [max(0 if f.A_RI is None else f.A_RI.shape[0] for f in column) for column in maps]
-        self.A_TRI = torch.cat(
-            [_padded([f.A_RI for f in column], r, 0) for column, r in zip(maps, ranks, strict=True) if r], dim=1
-        )
+        example = next(f.A_RI for column in maps for f in column if f.A_RI is not None)
+        joint = len(runs) <= FEW and sum(r > 0 for r in ranks) > 1
+        self.A_TRI = example.new_zeros(len(runs), sum(ranks), example.shape[1])
+        whole_TOR = example.new_zeros(len(runs), sum(sizes), sum(ranks)) if joint else None
         self.blocks: list[tuple[slice, slice, Tensor]] = []
         rank, out = 0, 0
         for column, r, size in zip(maps, ranks, sizes, strict=True):
+            own, outs = slice(rank, rank + r), slice(out, out + size)
             if r:
-                B_TOR = _padded([f.B_OR for f in column], r, 1)
-                self.blocks.append((slice(rank, rank + r), slice(out, out + size), B_TOR))
+                _fill(self.A_TRI[:, own], [f.A_RI for f in column])
+                B_TOR = example.new_zeros(len(runs), size, r) if whole_TOR is None else whole_TOR[:, outs, own]
+                _fill(B_TOR, [f.B_OR for f in column])
+                self.blocks.append((own, outs, B_TOR))
             rank, out = rank + r, out + size
-        if len(runs) <= FEW and len(self.blocks) > 1:
-            joint_TOR = self.A_TRI.new_zeros(len(runs), out, rank)
-            for ranks_, outs, B_TOR in self.blocks:
-                joint_TOR[:, outs, ranks_] = B_TOR
-            self.blocks = [(slice(0, rank), slice(0, out), joint_TOR)]
+        if whole_TOR is not None:
+            self.blocks = [(slice(0, rank), slice(0, out), whole_TOR)]
         self.height = max(stop - start for start, stop in runs)
         self.covers = runs[-1][1] if runs[0][0] == 0 and all(b - a == self.height for a, b in runs) else -1
         if any(left[1] != right[0] for left, right in itertools.pairwise(runs)):
@@ -109,8 +112,8 @@ class _LowRank:
             _add_product(y_NO if outs is None else y_NO[:, outs], torch.mm(x_low, A_IR), B_RO)
             return
         x_TnI = x_low.view(-1, self.height, x_low.shape[1]) if plain else x_low[self.index_Tn]
-        single = self.height == 1
-        h_TnR = torch.bmm(self.A_TRI, x_TnI.mT).mT if single else torch.bmm(x_TnI, self.A_TRI.mT)
+        first = self.height == 1 and x_low.dtype == torch.float32
+        h_TnR = torch.bmm(self.A_TRI, x_TnI.mT).mT if first else torch.bmm(x_TnI, self.A_TRI.mT)
         for ranks, outs, B_TOR in self.blocks:
             h = h_TnR if len(self.blocks) == 1 else h_TnR[..., ranks]
             if plain:
@@ -170,18 +173,11 @@ class GroupFactors:
         return (out_NO if self.shift_NO is None else out_NO + self.shift_NO).to(y_NO.dtype)
 
 
-def _padded(parts: Sequence[Tensor | None], rank: int, axis: int) -> Tensor:
-    """Factors with r ranks on an axis of several stacks as one tensor [T, ·, ·], missing ranks zero."""
-    example = next(part for part in parts if part is not None)
-    if all(part is not None and part.shape[axis] == rank for part in parts):
-        return torch.stack([part for part in parts if part is not None])
-    shape = list(example.shape)
-    shape[axis] = rank
-    stacked = example.new_zeros(len(parts), *shape)
-    for t, part in enumerate(parts):
+def _fill(stacked: Tensor, parts: Sequence[Tensor | None]) -> None:
+    """Put the factor of each stack [·, ·] into its place [T, ·, ·], whose missing ranks stay zero."""
+    for own, part in zip(stacked, parts, strict=True):
         if part is not None:
-            stacked[t].narrow(axis, 0, part.shape[axis]).copy_(part)
-    return stacked
+            own[: part.shape[0], : part.shape[1]] = part
 
 
 def _rowwise(
