@@ -12,6 +12,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from lorica.core.errors import ConfigError
 from lorica.core.tangent import Choice, Tangent, tangents
@@ -115,9 +116,23 @@ def _through_adam(step: Step, site: str, at: Tangent, hA_RI: Tensor, hB_OR: Tens
 
 
 def _adam(step: Step, g_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> Tensor:
-    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, whose moments move on; the first has size 1."""
-    first_OI.lerp_(g_OI, 1 - step.betas[0])
-    second_OI.mul_(step.betas[1]).addcmul_(g_OI, g_OI, value=1 - step.betas[1])
-    one, two = (1 - beta ** (step.done + 1) for beta in step.betas)
-    root_OI = (second_OI / two).sqrt_().add_(step.eps)
-    return torch.div(first_OI, root_OI, out=root_OI).div_(one)
+    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, whose moments move on: torch's own step from zero, at a rate of 1."""
+    direction_OI = torch.zeros_like(g_OI)
+    done = torch.tensor(float(step.done), device=g_OI.device)
+    adamw(
+        [direction_OI],
+        [g_OI],
+        [first_OI],
+        [second_OI],
+        [],
+        [done],
+        fused=True,
+        amsgrad=False,
+        beta1=step.betas[0],
+        beta2=step.betas[1],
+        lr=1.0,
+        weight_decay=0.0,
+        eps=step.eps,
+        maximize=True,
+    )
+    return direction_OI
