@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorica.engine.abilities import FAILURES, probe_row
 from lorica.engine.executor import Executor
 from lorica.engine.fast import hooked
+from lorica.engine.modes import in_mode
 from lorica.models.backbone import Backbone
 
 KEPT = "chain"
@@ -84,17 +85,12 @@ def _found(backbone: Backbone) -> Chain | None:
     found = Chain(trunk, embedding, rotations, cast(Any, tuple(layers)), tuple(owners), norm)
     ids_1T = torch.tensor([probe_row(backbone)], device=backbone.device)
     places_1T = torch.arange(ids_1T.shape[1], device=backbone.device)[None]
-    modes = [module for module in trunk.modules() if module.training]
     try:  # without a mask, the attention of a single row is causal
-        for module in modes:
-            vars(module)["training"] = False
-        wanted = trunk(input_ids=ids_1T, position_ids=places_1T, use_cache=False)[0]
-        return found if torch.equal(found.walk(lambda module: module)(ids_1T, places_1T), wanted) else None
+        with in_mode(trunk, training=False):
+            wanted = trunk(input_ids=ids_1T, position_ids=places_1T, use_cache=False)[0]
+            return found if torch.equal(found.walk(lambda module: module)(ids_1T, places_1T), wanted) else None
     except FAILURES:
         return None
-    finally:
-        for module in modes:
-            vars(module)["training"] = True
 
 
 def walk_of(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> Walk | None:

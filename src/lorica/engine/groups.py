@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.engine.executor import Executor
+from lorica.engine.modes import in_mode
 from lorica.engine.prepack import FrozenMaps, worth_packing
 from lorica.engine.sites import SiteForward
 from lorica.models.backbone import Backbone
@@ -125,14 +126,10 @@ def _learn(executor: Executor) -> list[list[Member]]:
             last[0] = x
         placed.add(member.site)
 
-    was_training = backbone.module.training
-    backbone.module.eval()
-    try:
-        ids_12 = torch.zeros(1, 2, dtype=torch.long, device=backbone.device)
-        with executor.replay(None), standing_in([(m.module, _Watch(m, seen)) for m in members]):
-            backbone.trunk(input_ids=ids_12, use_cache=False)
-    finally:
-        backbone.module.train(was_training)
+    ids_12 = torch.zeros(1, 2, dtype=torch.long, device=backbone.device)
+    watches = [(m.module, _Watch(m, seen)) for m in members]
+    with in_mode(backbone.module, training=False), executor.replay(None), standing_in(watches):
+        backbone.trunk(input_ids=ids_12, use_cache=False)
     return [*groups, *([m] for m in members if m.site not in placed)]
 
 

@@ -20,6 +20,7 @@ from lorica.engine.attention import without_mask
 from lorica.engine.chain import packed_walk_of
 from lorica.engine.fast import fast_modules
 from lorica.engine.host import Host
+from lorica.engine.modes import in_mode
 from lorica.engine.route import Stack
 from lorica.models.backbone import Backbone
 from lorica.models.positions import forget_longest
@@ -72,14 +73,8 @@ class Trunk:
     @contextmanager
     def modes(self, *, training: bool) -> Iterator[None]:
         """Inside, every module is in this mode; afterwards each is in its own again."""
-        others = [module for module in self.host.model.modules() if module.training is not training]
-        for module in others:
-            vars(module)["training"] = training  # past `nn.Module.__setattr__`, which looks for parameters
-        try:
+        with in_mode(self.host.model, training=training):
             yield
-        finally:
-            for module in others:
-                vars(module)["training"] = not training
 
     def virtual(self, stacks: Sequence[Stack]) -> list[tuple[int, int]]:
         """How many soft-prompt tokens and prefix positions stand before each row."""
