@@ -37,6 +37,8 @@ from lorica.models.shifted_attention import Shifted
 from lorica.models.sites import calls_interface
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
+HUB = "_lorica_hub"
+"""Where an attention module keeps its hub."""
 OURS = "lorica-"
 """What the names of our kernels begin with; the rest is the kernel that they stand on."""
 _PACKED: ContextVar[bool] = ContextVar("lorica_packed", default=False)
@@ -102,7 +104,7 @@ class AttentionHub:
         _INSTALLED.add(self)
         for attention in self._modules:
             # kept on the instance, so that a deep copy of the model calls the copy's own hub
-            attention.__dict__["_lorica_hub"] = self
+            attention.__dict__[HUB] = self
 
     def remove(self) -> None:
         _INSTALLED.discard(self)
@@ -110,7 +112,7 @@ class AttentionHub:
             others = [hub._switch for hub in _INSTALLED if hub._switch is not None]
             self._switch.restore(but={id(config) for switch in others for config in switch.configs})
         for attention in self._modules:
-            attention.__dict__.pop("_lorica_hub", None)
+            attention.__dict__.pop(HUB, None)
 
     def prefix_lengths(self, rows: int) -> list[int]:
         """Virtual tokens that each row's prefixes put before it.
@@ -194,7 +196,7 @@ def _through_hub(inner: Attend) -> Attend:
     """The kernel to register: a module's own hub, or `inner` for another model that shares the config object."""
 
     def kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        hub: AttentionHub | None = module.__dict__.get("_lorica_hub")
+        hub: AttentionHub | None = module.__dict__.get(HUB)
         return inner(module, *args, **kwargs) if hub is None else hub(module, *args, **kwargs)
 
     return kernel

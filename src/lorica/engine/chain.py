@@ -1,7 +1,7 @@
 """Trunks that are a chain of `x + attention(norm(x))` and `x + block(norm(x))`: a plain loop over their layers.
 
 In: a backbone, stand-ins for its modules. Out: final hidden states. Only for trunks that are proved, on a probe, to be
-such a chain, bit for bit: what transformers does around the layers costs a small model a tenth of each pass. Refuses to
+such a chain, bit for bit: what transformers does around the layers is no small part of a small model's pass. Refuses to
 know adapters, caches and families by name.
 """
 

@@ -136,8 +136,9 @@ def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> St
         if not slow and not any(hooked(m.module) for m in group.members):
             whole[tuple(m.module for m in group.members)] = step.joined
     forwards += _blocks(executor, whole, {module for module, _ in forwards})
-    walk = walk_of(executor, dict(forwards))
-    return Step(forwards if walk is None else outside(executor, dict(forwards)), walk)
+    standing = dict(forwards)
+    walk = walk_of(executor, standing)
+    return Step(forwards if walk is None else outside(executor, standing), walk)
 
 
 def _blocks(executor: Executor, whole: dict[tuple[nn.Module, ...], Joined], plain: set[nn.Module]) -> Forwards:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorica.engine.modes import in_mode
 from lorica.models.backbone import Backbone
 
 Scale = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -137,18 +138,16 @@ def gated_of(module: nn.Module) -> Gated | None:
 
 def _is_gated(block: Gated, training: bool) -> bool:
     """Whether the parts give the block's output in one mode: some drop features while training."""
-    module, was_training = block.module, block.module.training
+    module = block.module
     weight = cast(nn.Linear, block.gate).weight
     x = probe((3, weight.shape[1]), weight)
-    with torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else []):
+    generators = torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else [])
+    with generators, in_mode(module, training=training):
         try:
-            module.train(training)
             expected = type(module).forward(module, x)
             return torch.equal(block.down(block.make(block.gate(x), block.up(x))), cast(Tensor, expected))
         except (TypeError, RuntimeError):  # a forward of another form
             return False
-        finally:
-            module.train(was_training)
 
 
 @torch.no_grad()

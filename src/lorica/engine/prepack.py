@@ -42,7 +42,7 @@ class PackedWeight:
     """A weight [out, in] and a bias: `y = x Wᵀ + b`."""
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-        # without a hint of a batch size: the order for one row is two to three times as slow for any other number
+        # without a hint of a batch size: in float32 the order for one row is up to twice as slow, for one row too
         self._packed: Tensor = _ops()._reorder_linear_weight(weight_OI.contiguous())
         self._bias_O = bias_O
 

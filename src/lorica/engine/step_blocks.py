@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorica.engine.abilities import FAILURES, close
+from lorica.engine.attention import HUB
 from lorica.engine.executor import Executor
 from lorica.engine.fused import Gated, norm_of, probe
 
@@ -23,7 +24,7 @@ Joined = Callable[[Tensor], Tensor]
 """The outputs [R, ΣO] of maps of one input [..., I], side by side."""
 Rotations = tuple[Tensor, Tensor]
 """Cosines and sines of each row's position, as transformers hands them to its layers."""
-KEPT, HUB = "rotary", "_lorica_hub"
+KEPT = "rotary"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -186,8 +186,7 @@ class Stream:
             return
         executor = self.host.executor
         with ExitStack() as inside:
-            if any(module.training for module in self.host.model.modules()):
-                inside.enter_context(self.trunk.modes(training=False))
+            inside.enter_context(self.trunk.modes(training=False))
             before, executor.memo, self._inside = executor.memo, self._updates.memo, True
             try:
                 yield
