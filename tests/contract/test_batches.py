@@ -11,6 +11,7 @@ from torch import Tensor
 from lorica.engine.host import Host
 from tests.contract.cases import (
     CASES,
+    DEVICE,
     METHODS,
     Case,
     add,
@@ -228,7 +229,7 @@ def test_right_padding_with_a_mask_is_the_unpadded_row(case: Case) -> None:
     given = inputs(host, rows=2, length=6)
     if "input_ids" not in given:
         return
-    given["attention_mask"] = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    given["attention_mask"] = torch.tensor([[1] * 6, [1] * 4 + [0] * 2], device=DEVICE)
     if case.family == "qwen3-moe" or case.family in ("gpt2", "bert"):
         y = logits(host.model(**given))
         short = {key: value[1:, :4] for key, value in given.items() if key != "attention_mask"}

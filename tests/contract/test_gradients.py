@@ -52,7 +52,7 @@ def test_the_gradient_is_the_slope_of_the_loss_in_any_direction(case: Case) -> N
     slopes = gradient(host, "a", given)
     start, step = adapter.flat.clone(), 4e-3
     for seed in range(2):
-        noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=start.dtype)
+        noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=start.dtype).to(start)
         direction = slopes / slopes.norm() + noise / noise.norm()
         values = {}
         for steps in (-2, -1, 1, 2):

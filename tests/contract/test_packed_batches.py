@@ -9,7 +9,7 @@ from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
 from lorica.models.builtin import FAMILIES
-from tests.contract.cases import CASES, METHODS, Case, add, backbone, close, known, logits, small
+from tests.contract.cases import CASES, DEVICE, METHODS, Case, add, backbone, close, known, logits, small
 
 every_causal = pytest.mark.parametrize(
     "family",
@@ -44,11 +44,11 @@ def example(seed: int, length: int) -> Example:
 
 def alone(host: Host, item: Item) -> tuple[float, list[float]]:
     """Loss and log-probabilities from the model's own logits; gradients accumulate."""
-    ids = torch.tensor([item.example.tokens])
+    ids = torch.tensor([item.example.tokens], device=DEVICE)
     with host.rows([item.adapter]):
         y = logits(host.model(input_ids=ids[:, :-1]))[0].log_softmax(-1)
         logprobs = y.gather(1, ids[0, 1:, None])[:, 0]
-        loss = -(logprobs * torch.tensor(item.example.weights[1:])).sum()
+        loss = -(logprobs * logprobs.new_tensor(item.example.weights[1:])).sum()
         if loss.requires_grad:
             loss.backward()
     return float(loss.detach()), logprobs.tolist()
