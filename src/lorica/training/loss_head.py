@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 2**25
-"""About the memory that one chunk's logits take, with their probabilities; larger chunks are slower, not faster, for
-an allocator takes such blocks from the system and gives them back each time.
+CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""About the memory that one chunk's logits take, with their probabilities. On a CPU larger chunks are slower, not
+faster, for an allocator takes such blocks from the system and gives them back each time; on a GPU, whose products must
+be of some hundred rows, smaller ones are.
 """
 ROWS = (32, 512)
 """Least and most rows of a chunk: products of fewer are slow, and more do not make them faster."""
@@ -38,7 +39,7 @@ def linear_logprobs(
     logits of at most `chunk` rows ever exist, and any function of the log-probabilities can be differentiated; without
     `chunk`, about as many rows as `CHUNK_BYTES` hold.
     """
-    rows = chunk or chunk_rows(vocabulary, hidden_ND.element_size())
+    rows = chunk or chunk_rows(vocabulary, hidden_ND.element_size(), hidden_ND.device.type)
     wants_gradient = torch.is_grad_enabled() and hidden_ND.requires_grad
     lp_N: Tensor = cast(Any, _LinearLogprobs).apply(
         hidden_ND, targets_N, forward, back if wants_gradient else None, rows
@@ -46,9 +47,9 @@ def linear_logprobs(
     return lp_N
 
 
-def chunk_rows(vocabulary: int, element: int) -> int:
+def chunk_rows(vocabulary: int, element: int, device: str = "cpu") -> int:
     """Rows whose logits, float32 log-probabilities and probabilities fit into `CHUNK_BYTES`."""
-    fitting = CHUNK_BYTES // (vocabulary * (2 * element + 4))
+    fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * (2 * element + 4))
     return max(ROWS[0], min(ROWS[1], fitting // 16 * 16))
 
 
