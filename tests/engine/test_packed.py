@@ -152,7 +152,7 @@ def test_scores_are_made_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPat
 
 @given(st.lists(st.integers(1, 600), min_size=1, max_size=9), st.booleans())
 def test_buckets_hold_every_token_once_and_pad_little(lengths: list[int], pad: bool) -> None:
-    made = plan(tuple(lengths), (0,) * len(lengths), pad)
+    made = plan(tuple(lengths), (0,) * len(lengths), pad, torch.device("cpu"))
     x = torch.arange(sum(lengths), dtype=torch.float64)[:, None, None]
     assert torch.equal(made.join([b.gather(b.spread(x)) for b in made.buckets]), x)
     assert sorted(row for b in made.buckets for row in b.rows) == list(range(len(lengths)))

@@ -45,7 +45,7 @@ def attention(x: Tensor) -> Tensor:
 
 
 def spread(x: Tensor) -> Tensor:
-    (bucket, *_) = plan((3, 4), (0, 0), True).buckets
+    (bucket, *_) = plan((3, 4), (0, 0), True, x.device).buckets
     return bucket.spread(x[:, None])
 
 

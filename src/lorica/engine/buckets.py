@@ -57,19 +57,19 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NHK: Tensor, bucket: Bucket) -> Tensor:
         ctx.bucket, ctx.shape = bucket, x_NHK.shape
-        own_nHK = x_NHK[bucket.token_n.to(x_NHK.device)]
+        own_nHK = x_NHK[bucket.token_n]
         shape = (len(bucket.rows), bucket.width, *x_NHK.shape[1:])
         if bucket.full:
             return own_nHK.view(shape)
         padded = x_NHK.new_zeros(shape)
-        padded.flatten(0, 1)[bucket.place_n.to(x_NHK.device)] = own_nHK
+        padded.flatten(0, 1)[bucket.place_n] = own_nHK
         return padded
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         bucket, dx_NHK = ctx.bucket, grads[0].new_zeros(ctx.shape)
-        dx_NHK[bucket.token_n.to(dx_NHK.device)] = bucket.gather(grads[0])
+        dx_NHK[bucket.token_n] = bucket.gather(grads[0])
         return dx_NHK, None
 
 
@@ -80,15 +80,22 @@ class Plan:
     buckets: tuple[Bucket, ...]
     order_N: Tensor | None
 
+    @property
+    def whole(self) -> bool:
+        """Whether the batch is one bucket as it lies in memory."""
+        return len(self.buckets) == 1 and self.buckets[0].whole
+
     def join(self, pieces_nHK: list[Tensor]) -> Tensor:
         """What every bucket gathered, in the batch's order, [N, H, K]."""
         y_NHK = pieces_nHK[0] if len(pieces_nHK) == 1 else torch.cat(pieces_nHK)
-        return y_NHK if self.order_N is None else y_NHK[self.order_N.to(y_NHK.device)]
+        return y_NHK if self.order_N is None else y_NHK[self.order_N]
 
 
 @functools.lru_cache(maxsize=64)
-def plan(lengths: tuple[int, ...], prefixes: tuple[int, ...], pad: bool) -> Plan:
-    """Buckets of one prefix length and nearly one length; without `pad`, of one length exactly."""
+def plan(lengths: tuple[int, ...], prefixes: tuple[int, ...], pad: bool, device: torch.device) -> Plan:
+    """Buckets of one prefix length and nearly one length; without `pad`, of one length exactly. Their places are kept
+    on `device`.
+    """
     starts = list(itertools.accumulate(lengths, initial=0))
     sizes = set(lengths)
     found: dict[tuple[int, int], list[int]] = {}
@@ -96,15 +103,15 @@ def plan(lengths: tuple[int, ...], prefixes: tuple[int, ...], pad: bool) -> Plan
         padded = pad and not prefix and len(sizes) > 1 and length <= WIDTHS[-1]
         width = WIDTHS[bisect.bisect_left(WIDTHS, length)] if padded else length
         found.setdefault((width, prefix), []).append(row)
-    made = tuple(_bucket(width, rows, starts) for (width, _), rows in found.items())
+    made = tuple(_bucket(width, rows, starts, device) for (width, _), rows in found.items())
     order_N = torch.cat([bucket.token_n for bucket in made]).argsort()
-    return Plan(made, None if torch.equal(order_N, torch.arange(len(order_N))) else order_N)
+    return Plan(made, None if torch.equal(order_N, torch.arange(len(order_N), device=device)) else order_N)
 
 
-def _bucket(width: int, rows: list[int], starts: list[int]) -> Bucket:
+def _bucket(width: int, rows: list[int], starts: list[int], device: torch.device) -> Bucket:
     token_n = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
     place_n = torch.cat(
         [torch.arange(i * width, i * width + starts[row + 1] - starts[row]) for i, row in enumerate(rows)]
     )
     whole = torch.equal(token_n, torch.arange(starts[-1])) and len(token_n) == width * len(rows)
-    return Bucket(tuple(rows), width, token_n, place_n, whole)
+    return Bucket(tuple(rows), width, token_n.to(device), place_n.to(device), whole)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorica.engine import varlen
 from lorica.engine.buckets import plan
+from lorica.engine.replay import held
 from lorica.engine.short_attention import short_attention, worth_it
 
 TINY = 128
@@ -41,21 +43,23 @@ def packed_attention(
 ) -> Tensor:
     """`softmax(q kᵀ · scaling) v` within each sequence. Returns [1, N, heads, head dim].
 
-    Causal sequences of nearly equal length go through one call, padded. `sliding_window` is the number of own keys
-    that a token sees, itself included; prefixes are always seen. `softcap` c turns scores s into `c · tanh(s / c)`
-    (Gemma 2); `s_aux` [heads] are scores of a sink that has no value (GPT-OSS).
+    Causal sequences of nearly equal length go through one call, padded; on a GPU those of any length, not padded.
+    `sliding_window` is the number of own keys that a token sees, itself included; prefixes are always seen. `softcap` c
+    turns scores s into `c · tanh(s / c)` (Gemma 2); `s_aux` [heads] are scores of a sink that has no value (GPT-OSS).
     """
     causal = is_causal if is_causal is not None else bool(getattr(module, "is_causal", True))
     scale = q_1HNK.shape[-1] ** -0.5 if scaling is None else scaling
     q_NHK, k_NGK, v_NGK = (x[0].transpose(0, 1) for x in (q_1HNK, k_1GNK, v_1GNK))
     extra = tuple(0 if prefix is None else prefix[0].shape[0] for prefix in prefixes)
-    found = plan(tuple(lengths), extra, causal)
+    found = held(plan(tuple(lengths), extra, causal, q_1HNK.device))
+    usual = causal and softcap is None and s_aux is None and not dropout
+    if usual and not any(extra) and not found.whole and varlen.worth_it(q_1HNK):
+        return varlen.varlen_attention(q_NHK, k_NGK, v_NGK, tuple(lengths), scale, sliding_window)[None]
     pieces = []
     for bucket in found.buckets:
         q, k, v = (bucket.spread(x) for x in (q_NHK, k_NGK, v_NGK))
         own = [prefix for prefix in (prefixes[row] for row in bucket.rows) if prefix is not None]
-        plain = not own and causal and softcap is None and s_aux is None and not dropout
-        if plain and worth_it(q, bucket.width) and q.shape[:3].numel() > TINY:
+        if usual and not own and worth_it(q, bucket.width) and q.shape[:3].numel() > TINY:
             y_STHK = short_attention(q, k, v, scale, sliding_window)
         else:
             mask = _mask(bucket.width, own, causal, sliding_window, q.device)
@@ -81,7 +85,8 @@ def _attention(
         k_SGTK = torch.cat([_stacked(prefixes, 0).to(k_SGTK.dtype), k_SGTK], dim=2)
         v_SGTK = torch.cat([_stacked(prefixes, 1).to(v_SGTK.dtype), v_SGTK], dim=2)
     repeats = q_SHTK.shape[1] // k_SGTK.shape[1]
-    if mask is True and q_SHTK.device.type == "cpu" and softcap is None and s_aux is None:
+    grouped = q_SHTK.device.type == "cpu" or q_SHTK.dtype in varlen.HALVES  # the kernels that repeat no key
+    if mask is True and grouped and softcap is None and s_aux is None:
         y_SHTK = F.scaled_dot_product_attention(
             q_SHTK, k_SGTK, v_SGTK, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=repeats > 1
         )
