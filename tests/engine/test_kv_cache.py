@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from lorica.engine.kv_cache import Budget, KVCache
 from lorica.engine.kv_lane import Kept
+from lorica.engine.replay import GRAPHS
+from tests.engine.tape import Tape
 
 HEADS, GROUPS, DIM = 4, 2, 8
 MODULE = torch.nn.Identity()
@@ -82,15 +84,18 @@ EVENTS = st.one_of(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=100)
 @given(
     events=st.lists(EVENTS, max_size=25),
     limit=st.one_of(st.none(), st.integers(80, 400)),
     window=st.sampled_from([5, 1000]),
     sizes=st.sampled_from([(256, 512), (3, 16), (1, 8)]),
+    steady=st.booleans(),
 )
-def test_rows_attend_to_their_own_keys_whoever_comes_and_goes(events, limit, window, sizes):
+def test_rows_attend_to_their_own_keys_whoever_comes_and_goes(events, limit, window, sizes, steady):
     with pytest.MonkeyPatch.context() as patch:
+        if steady:
+            patch.setitem(GRAPHS, "cpu", Tape)
         patch.setattr("lorica.engine.kv_cache.GROWTH", sizes[0])
         patch.setattr("lorica.engine.kv_cache.SHORT", sizes[1])
         budget = Budget(limit)

@@ -46,6 +46,7 @@ class Adapter:
         held: it acts and is not trained: no gradient is formed, no dropout drawn and no pass counted, so that nothing
             of it changes while another adapter is trained on top of it.
         forwards: number of forward passes in training; dropout masks are a function of (seed, forwards, site).
+        generation: another number whenever a tensor is another one, not the same with other values.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Adapter:
         self.folder = ""
         self.held = False
         self.forwards = 0
+        self.generation = 0
         self.flat: Tensor = torch.zeros(layout.size, dtype=dtype)
         self.frozen: dict[str, dict[str, Tensor]] = {}
         self._kept: list[_Shared] = []
@@ -108,13 +110,15 @@ class Adapter:
         if spec.trainable:
             place = self.layout.places[site][param]
             self.flat[place.offset : place.offset + place.size] = value.detach().reshape(-1).to(self.flat)
-        elif spec.changes:
+            return
+        self.generation += 1
+        if spec.changes:
             self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat.device, torch.float32, copy=True)
         elif site == GLOBAL:
             self._share(param, value)
         else:
             self.frozen.setdefault(site, {})[param] = value.detach().to(self.flat).contiguous()
-        if not spec.trainable and site in self._leaves:
+        if site in self._leaves:
             self._leaves[site][param] = self.frozen[site][param]
 
     def changing(self) -> dict[str, Tensor]:
@@ -203,6 +207,17 @@ class Adapter:
                 leaf.grad = home
         return self.grad
 
+    @property
+    def gathers(self) -> bool:
+        """Whether every leaf's gradient is its part of the gradient row: a foreign optimiser may have detached it."""
+        for site, owned in self._leaves.items():
+            places = self.layout.places.get(site, {})
+            for param in places.keys() & owned.keys():
+                grad = owned[param].grad
+                if grad is None or grad.data_ptr() != self.grad.data_ptr() + self.grad.itemsize * places[param].offset:
+                    return False
+        return True
+
     def zero_grad(self) -> None:
         """Zero the gradient row in place."""
         self.grad.zero_()
@@ -215,6 +230,7 @@ class Adapter:
         self.flat = flat
         frozen, self.frozen, self._kept = self.frozen, {}, []
         self._grad, self._leaves = None, {}
+        self.generation += 1
         for site, owned in frozen.items():
             self._put(site, owned)
         return self

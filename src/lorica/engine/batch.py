@@ -6,7 +6,7 @@ depends on who is there is made again only when that changes. Refuses to know wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lorica.engine.kv_cache import Budget, KVCache
 from lorica.engine.kv_lane import Kept
 from lorica.engine.prefixes import Prefixes
 from lorica.engine.prompts import Prompt, feed, head, read, read_on
+from lorica.engine.replay import Replays
 from lorica.engine.requests import Event
 from lorica.engine.route import Stack
 from lorica.engine.trunk import Trunk
@@ -83,6 +84,7 @@ class Batch:
         self.trunk, self.host, self.updates = trunk, trunk.host, updates
         self.prefixes = prefixes
         self.cache = KVCache(trunk.backbone.device, budget)
+        self._replays = Replays(trunk.backbone.device, most=1)
         self._rows: list[Row] = []  # of the steps, in their order; the dead among them until the batch is thin
         self._passing: list[Row] = []
         self._stale = False
@@ -184,14 +186,20 @@ class Batch:
 
     def _decode(self, events: list[Event]) -> None:
         self._compose()
+        self.cache.advance()
+        ids_R1 = self.trunk.tensor([[row.tokens[-1]] for row in self._rows])
+        lane = self.cache.steady()
+        key = None if lane is None or self._step.walk is None else (self._step, lane, lane.version)
+        (logits_RV,) = self._replays.run(key, {"ids": ids_R1}, self._logits)
+        self._take(self._rows, logits_RV, events)
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         cache = self.cache
         with self.host.rows(self._stacks), standing_in(self._step.forwards):
             self.host.begin()
-            cache.advance()
-            ids_R1 = self.trunk.tensor([[row.tokens[-1]] for row in self._rows])
-            hidden_RD = feed(self.trunk, cache, ids_R1, cache.positions(), self._step.walk)[:, 0]
-            logits_RV = head(self.trunk, hidden_RD)
-        self._take(self._rows, logits_RV, events)
+            cache.fresh()
+            hidden_RD = feed(self.trunk, cache, inputs["ids"], cache.positions(), self._step.walk)[:, 0]
+            return [head(self.trunk, hidden_RD)]
 
     def _recompute(self, events: list[Event]) -> None:
         """For rows that cannot go on behind kept keys: a pass over each of them."""
@@ -227,6 +235,7 @@ class Batch:
         stacks = [row.job.request.stack for row in live]
         if stacks != self._stacks:
             self._step = Step([])  # frees the old factors before there are new ones
+            self._replays.clear()
             self._step = step_of(self.host.executor, stacks, self.updates)
         self._rows, self._stacks, self._stale = live, stacks, False
         self.cache.order([row.place for row in live])
@@ -256,6 +265,7 @@ class Batch:
         self._passing = [row for row in self._passing if not row.dead]
         if not any(row.place for row in self._rows):
             self._rows, self._stacks, self._step = [], [], Step([])
+            self._replays.clear()
 
     def _vacate(self) -> None:
         for row in self._rows:

@@ -8,6 +8,7 @@ maps, other parts of an update, and which segments are joined.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.engine.equation import Dropout
+from lorica.engine.replay import held
 
 KEEP = 8
 """Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most this part of what is saved."""
@@ -245,7 +247,7 @@ class Block:
         scales = [own[i].scale for own in self.terms]
         if len(set(scales)) == 1:
             return low_TnR if scales[0] == 1.0 else low_TnR * scales[0]
-        return low_TnR * torch.tensor(scales, dtype=low_TnR.dtype, device=low_TnR.device)[:, None, None]
+        return low_TnR * held(_column(tuple(scales), low_TnR.dtype, low_TnR.device))
 
     def _owners(self) -> list[tuple[int, int, int]]:
         """Segment, tensor and first rank of every A, each once, in the order in which they are stacked."""
@@ -275,6 +277,12 @@ class Block:
         rank = self.spans[i][1]
         parts = [tensors[terms[i].B] for terms in self.terms]
         return torch.stack([B if B.shape[1] == rank else F.pad(B, (0, rank - B.shape[1])) for B in parts]).to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[T, 1, 1]."""
+    return torch.tensor(values, dtype=dtype, device=device)[:, None, None]
 
 
 def _is_wide(A_RI: Tensor, B_OR: Tensor) -> bool:

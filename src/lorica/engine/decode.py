@@ -106,7 +106,7 @@ class _Step(Shared):
         return [y] if len(self.group.maps.sizes) == 1 else list(y.split(self.group.maps.sizes, dim=-1))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Step:
     """How modules compute one token of each row. `walk` is a pass through the trunk, None where that is the trunk's own
     with `forwards` standing in.

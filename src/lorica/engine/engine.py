@@ -7,7 +7,7 @@ computed. Refuses to know text, files, users and schedules of runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +22,16 @@ from lorica.data.packing import end_to_end
 from lorica.engine.checks import check_positions, check_tokens
 from lorica.engine.fast import fast_modules, frozen_maps
 from lorica.engine.host import Host, RowSpec
+from lorica.engine.repeats import pass_key
+from lorica.engine.replay import Replays
 from lorica.engine.route import Numbers, Stack, numbered
 from lorica.engine.trunk import Trunk
 from lorica.models.positions import uniform_positions
 from lorica.training.loss_head import chunked_logprobs, linear_logprobs
 from lorica.training.losses import CROSS_ENTROPY, Loss
+
+REPLAYS = "replays"
+TARGETS = "targets"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,30 +146,55 @@ class Engine:
         data = [call.data[i] for i in chunk]
         packed = end_to_end([datum.tokens for datum in data])
         rows, numbers = [call.stacks[i] for i in chunk], [call.numbers[i] for i in chunk]
-        with (
-            torch.set_grad_enabled(backward),
-            self.host.rows(rows, lengths=packed.lengths.tolist(), counts=call.counts, numbers=numbers),
-            fast_modules(self.host.executor),
-        ):
-            hidden_ND = self.trunk.hidden(packed)
-            lps = self._logprobs(hidden_ND, data)
-            losses = [call.losses[i] for i in chunk]
-            terms = loss_terms(lps, losses, data)
-            total = torch.stack([terms_M.sum() for _, terms_M in terms]).sum()
-            if backward and total.requires_grad:
-                total.backward()
+        lengths: list[int] = packed.lengths.tolist()
+        groups = groups_of([call.losses[i] for i in chunk], data)
+        tensor = self.trunk.tensor
+        given = {"tokens": tensor(packed.tokens), "positions": tensor(packed.positions)}
+        if all(datum.crow is None for datum in data):
+            given[TARGETS] = tensor(np.concatenate([datum.targets for datum in data]))
+        for group in groups:
+            given |= {group.name(name): tensor(own, torch.float32) for name, own in group.inputs.items()}
+
+        def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+            with (
+                torch.set_grad_enabled(backward),
+                self.host.rows(rows, lengths=lengths, counts=call.counts, numbers=numbers),
+                fast_modules(self.host.executor),
+            ):
+                hidden_ND = self.trunk.walked(inputs["tokens"], inputs["positions"], lengths)
+                lps = self._logprobs(hidden_ND, data, inputs.get(TARGETS))
+                terms = [group.terms(lps, inputs) for group in groups]
+                total = torch.stack([terms_M.sum() for terms_M in terms]).sum()
+                if backward and total.requires_grad:
+                    total.backward()
+            return [t.detach() for t in (torch.cat(lps), *terms)]
+
+        key = None
+        if TARGETS in given:
+            others = tuple((group.loss, tuple(group.places), tuple(group.inputs)) for group in groups)
+            key = pass_key(self.trunk, rows, lengths, others, backward=backward)
+        flat, *found = self._replays().run(key, given, run)
         sums: list[float] = [0.0] * len(chunk)
-        for places, terms_M in terms:
-            pieces = terms_M.detach().split([len(data[i].targets) for i in places])
-            for place, value in zip(places, torch.stack([p.double().sum() for p in pieces]).tolist(), strict=True):
+        for group, terms_M in zip(groups, found, strict=True):
+            pieces = terms_M.split(group.lengths)
+            sizes = torch.stack([p.double().sum() for p in pieces]).tolist()
+            for place, value in zip(group.places, sizes, strict=True):
                 sums[place] = value
-        flat_M = torch.cat(lps).detach().cpu().numpy()
+        flat_M = flat.cpu().numpy()
         edges = np.cumsum([len(datum.targets) for datum in data])[:-1]
         return [Result(loss, own) for loss, own in zip(sums, np.split(flat_M, edges), strict=True)]
 
-    def _logprobs(self, hidden_ND: Tensor, data: Sequence[Datum]) -> list[Tensor]:
+    def _replays(self) -> Replays:
+        """Recorded passes, kept until the frozen weights change."""
+        kept = self.host.backbone.kept
+        if REPLAYS not in kept:
+            kept[REPLAYS] = Replays(self.host.backbone.device)
+        found: Replays = kept[REPLAYS]
+        return found
+
+    def _logprobs(self, hidden_ND: Tensor, data: Sequence[Datum], targets_N: Tensor | None) -> list[Tensor]:
         """The log-probabilities of each datum's targets: over frozen products where the head is nothing else and a
-        position has one target, else through its module.
+        position has one target, whose ids are `targets_N`, else through its module.
         """
         backbone, host = self.host.backbone, self.host
         assert backbone.head is not None
@@ -172,8 +202,7 @@ class Engine:
         plain = maps is not None and not host.adapts_head() and not backbone.transforms_logits
         vocabulary = backbone.head.weight.shape[0]
         counts, head = [len(datum) for datum in data], host.windowed(self._logits)
-        if all(datum.crow is None for datum in data):
-            targets_N = self.trunk.tensor(np.concatenate([datum.targets for datum in data]))
+        if targets_N is not None:
             if maps is None or not plain:
                 return list(chunked_logprobs(hidden_ND, head, targets_N, vocabulary=vocabulary).split(counts))
             return list(linear_logprobs(hidden_ND, maps.forward, maps.back, vocabulary, targets_N).split(counts))
@@ -198,25 +227,45 @@ def _shifted(head: Callable[[Tensor, int], Tensor], by: int) -> Callable[[Tensor
     return lambda hidden_CD, start: head(hidden_CD, start + by)
 
 
-def loss_terms(lps: Sequence[Tensor], losses: Sequence[Loss], data: Sequence[Datum]) -> list[tuple[list[int], Tensor]]:
-    """For each different loss, which sequences have it, and their terms end to end."""
-    groups: dict[Loss, list[int]] = {}
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Sequences of one loss, by their places in a pass: the loss's inputs end to end, and how many targets each has."""
+
+    loss: Loss
+    places: list[int]
+    inputs: dict[str, Floats]
+    lengths: list[int]
+
+    def name(self, name: str) -> str:
+        """What an input is called among those of the pass."""
+        return f"{name} of {self.places[0]}"
+
+    def terms(self, lps: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
+        """The terms of the loss end to end."""
+        lp_M = torch.cat([lps[i] for i in self.places])
+        own = {name: inputs[self.name(name)].to(lp_M.dtype) for name in self.inputs}
+        return self.loss.terms(lp_M, own, self.lengths)
+
+
+def groups_of(losses: Sequence[Loss], data: Sequence[Datum]) -> list[Group]:
+    """For each different loss, which sequences have it, and its inputs."""
+    places: dict[Loss, list[int]] = {}
     for place, loss in enumerate(losses):
-        groups.setdefault(loss, []).append(place)
-    found = []
-    for loss, places in groups.items():
-        lp_M = torch.cat([lps[i] for i in places])
-        inputs = {}
-        for name in (*loss.inputs, *loss.optional):
-            default = loss.optional.get(name, 0.0)
-            values = [data[i].inputs.get(name) for i in places]
-            filled = [
-                np.full(len(data[i].targets), default, np.float32) if own is None else own
-                for i, own in zip(places, values, strict=True)
-            ]
-            inputs[name] = torch.as_tensor(np.concatenate(filled), device=lp_M.device).to(lp_M.dtype)
-        found.append((places, loss.terms(lp_M, inputs, [len(data[i].targets) for i in places])))
-    return found
+        places.setdefault(loss, []).append(place)
+    return [_group(loss, own, data) for loss, own in places.items()]
+
+
+def _group(loss: Loss, places: list[int], data: Sequence[Datum]) -> Group:
+    inputs = {}
+    for name in (*loss.inputs, *loss.optional):
+        default = loss.optional.get(name, 0.0)
+        values = [data[i].inputs.get(name) for i in places]
+        filled = [
+            np.full(len(data[i].targets), default, np.float32) if own is None else own
+            for i, own in zip(places, values, strict=True)
+        ]
+        inputs[name] = np.concatenate(filled)
+    return Group(loss, places, inputs, [len(data[i].targets) for i in places])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -212,6 +212,11 @@ class KVCache:
             places, capacity = self.budget.grant(lane, (places, wanted), (len(lane.rows), most))
         lane.arrange(places, capacity, span - 1)
 
+    def fresh(self) -> None:
+        """A pass makes its masks itself."""
+        for lane in self.lanes.values():
+            lane.forget_masks()
+
     def positions(self) -> Tensor:
         """The position [rows, 1] of the token that the present step feeds."""
         positions_R = torch.zeros(len(self._order), dtype=torch.long, device=self.device)
@@ -220,6 +225,12 @@ class KVCache:
                 return lane.positions()[:, None]
             positions_R[index] = lane.positions()
         return positions_R[:, None]
+
+    def steady(self) -> Lane | None:
+        """The lane that holds the step's rows in their order, where its steps are the same operations; None else."""
+        lanes = self._lanes()
+        lane = lanes[0][0] if len(lanes) == 1 and lanes[0][1] is None else None
+        return lane if lane is not None and lane.steady else None
 
     def _lanes(self) -> list[tuple[Lane, Tensor | None]]:
         """Lanes with the step's rows that are in them, in the order of the lane; None where those are all, in order."""

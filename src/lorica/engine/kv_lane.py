@@ -2,7 +2,8 @@
 
 In: keys and values of prompts, then those of one token of every row at each step. Out: attention outputs. Rows are
 aligned at their last token, whatever their age: all write a step's key at the same slot, so a step is one copy; a mask
-hides the slots before a row's first key. Refuses to know adapters, models, budgets and sampling.
+hides the slots before a row's first key. Where a device has graphs, a step reads every slot there is, and the newest is
+a number on the device, so that all steps are the same operations. Refuses to know adapters, models and sampling.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lorica.engine.replay import GRAPHS
 
 
 @dataclass(slots=True, eq=False)
@@ -54,17 +57,21 @@ class Lane:
     """Keys and values of every attention module, [places · kv heads, slots, head dim].
 
     Attributes: `slot` is the last written one; `rows` are the places in use, the first ones; `places` and `capacity`
-    are the rows and slots that there is memory for.
+    are the rows and slots that there is memory for; `version` is another number whenever rows or memory are others;
+    `steady` says that all steps of a version are the same operations. Then slots behind the newest are zero.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.steady = device.type in GRAPHS
+        self.version = 0
         self.rows: list[Place] = []
         self.slot = -1
+        self._slot_1 = torch.full((1,), -1, device=device)
         self.places = 0
         self.capacity = 0
         self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._starts_R: Tensor | None = None
+        self._numbers: dict[object, Tensor] = {}
         self._masks: dict[tuple[int, int, int | None, torch.dtype, tuple[int, ...]], Tensor | None] = {}
         self._gaps: dict[nn.Module, tuple[int, ...]] = {}
 
@@ -79,15 +86,25 @@ class Lane:
 
     def positions(self) -> Tensor:
         """The position [rows] of each row's last token."""
-        return self.slot - self._starts()
+        return (self._slot_1 if self.steady else self.slot) - self._starts()
 
     def _starts(self) -> Tensor:
-        if self._starts_R is None:
-            self._starts_R = torch.tensor([row.start for row in self.rows], device=self.device)
-        return self._starts_R
+        return self._known("starts", [row.start for row in self.rows])
+
+    def _known(self, name: object, values: Sequence[int]) -> Tensor:
+        """Numbers of the rows on the device, until rows change."""
+        if name not in self._numbers:
+            self._numbers[name] = torch.tensor(values, device=self.device)
+        return self._numbers[name]
+
+    def _go(self, slot: int) -> None:
+        """The newest keys are, or will be, at another slot."""
+        self.slot = slot
+        self._slot_1.fill_(slot)
 
     def _changed(self) -> None:
-        self._starts_R = None
+        self.version += 1
+        self._numbers.clear()
         self._masks.clear()
         self._gaps.clear()
 
@@ -98,14 +115,15 @@ class Lane:
         count, span, old = len(self.rows), self.span, self.slot
         fresh = (places, capacity) != (self.places, self.capacity)
         if not fresh and (slot == old or not count):
-            self.slot = slot
+            self._go(slot)
             return
         for module, (k, v) in self._layers.items():
             pair = (self._moved(part, count, span, places, capacity, slot, fresh=fresh) for part in (k, v))
             self._layers[module] = next(pair), next(pair)
         for row in self.rows:
             row.start += slot - old
-        self.places, self.capacity, self.slot = places, capacity, slot
+        self.places, self.capacity = places, capacity
+        self._go(slot)
         self._changed()
 
     def _moved(
@@ -117,7 +135,7 @@ class Lane:
             moved = kept_BSK.new_zeros(places * groups, capacity, kept_BSK.shape[2])
         else:
             moved, used = kept_BSK, used.clone()
-            moved[: count * groups, : slot + 1] = 0
+            moved[: count * groups, : None if self.steady else slot + 1] = 0
         moved[: count * groups, slot + 1 - span : slot + 1] = used
         return moved
 
@@ -143,6 +161,8 @@ class Lane:
                 row_GSK, first = self._row(whole, place.index), self.slot + 1 - own_GTK.shape[1]
                 # what another row left there may be no number, and a mask does not hide that
                 row_GSK[:, :first] = 0
+                if self.steady:
+                    row_GSK[:, self.slot + 1 :] = 0
                 row_GSK[:, first : self.slot + 1] = own_GTK
         self._changed()
 
@@ -160,9 +180,10 @@ class Lane:
         """Forget a row; the last one takes its place."""
         last = self.rows.pop()
         if last is not place:
+            stop = self.capacity if self.steady else self.slot + 1
             for pair in self._layers.values():
                 for whole in pair:
-                    self._row(whole, place.index)[:, : self.slot + 1] = self._row(whole, last.index)[:, : self.slot + 1]
+                    self._row(whole, place.index)[:, :stop] = self._row(whole, last.index)[:, :stop]
             last.index = place.index
             self.rows[last.index] = last
         self._changed()
@@ -180,14 +201,19 @@ class Lane:
         """Give the memory back. There must be no row."""
         assert not self.rows
         self._layers.clear()
-        self.slot, self.places, self.capacity = -1, 0, 0
+        self.places, self.capacity = 0, 0
+        self._go(-1)
         self._changed()
 
     # -- attention -------------------------------------------------------------------------------------------------
 
     def advance(self, tokens: int = 1) -> None:
         """Go on by so many slots, which the pass to come writes; they must be there."""
-        self.slot += tokens
+        self._go(self.slot + tokens)
+        self.forget_masks()
+
+    def forget_masks(self) -> None:
+        """The next pass makes its own."""
         self._masks.clear()
 
     def attend(
@@ -209,9 +235,14 @@ class Lane:
         rows, heads, tokens, dim = q_RHTK.shape
         groups, stop = k_RGTK.shape[1], self.slot + 1
         k_BSK, v_BSK = (part[: rows * groups] for part in self._layers[module])
-        k_BSK[:, stop - tokens : stop] = k_RGTK.reshape(rows * groups, tokens, dim)
-        v_BSK[:, stop - tokens : stop] = v_RGTK.reshape(rows * groups, tokens, -1)
-        k_BSK, v_BSK = k_BSK[:, :stop], v_BSK[:, :stop]
+        newest = k_RGTK.reshape(rows * groups, tokens, dim), v_RGTK.reshape(rows * groups, tokens, -1)
+        if self.steady and tokens == 1:
+            stop = self.capacity
+            for kept_BSK, new_B1K in zip((k_BSK, v_BSK), newest, strict=True):
+                kept_BSK.index_copy_(1, self._slot_1, new_B1K.to(kept_BSK.dtype))
+        else:
+            k_BSK[:, stop - tokens : stop], v_BSK[:, stop - tokens : stop] = newest
+            k_BSK, v_BSK = k_BSK[:, :stop], v_BSK[:, :stop]
         # the query heads of a group are the rows of one small product, so no key is repeated
         q_BQK = q_RHTK.reshape(rows * groups, heads // groups * tokens, dim).to(k_BSK.dtype)
         scale = dim**-0.5 if scaling is None else scaling
@@ -244,23 +275,36 @@ class Lane:
         gaps = self._gaps[module]
         key = (groups, tokens, window, dtype, gaps)
         if key not in self._masks:
-            hidden_RTS = self._hidden(gaps, tokens, window)
+            steady = self.steady and tokens == 1
+            hidden_RTS = self._hidden_now(gaps, window) if steady else self._hidden(gaps, tokens, window)
             mask_RTS = torch.zeros(hidden_RTS.shape, dtype=dtype, device=self.device)
             mask_RTS.masked_fill_(hidden_RTS, -torch.inf)
-            self._masks[key] = mask_RTS.repeat_interleave(groups, dim=0) if bool(hidden_RTS.any()) else None
+            some = steady or bool(hidden_RTS.any())
+            self._masks[key] = mask_RTS.repeat_interleave(groups, dim=0) if some else None
         return self._masks[key]
 
-    def _hidden(self, gaps: Sequence[int], tokens: int, window: int | None) -> Tensor:
+    def _hidden_now(self, gaps: tuple[int, ...], window: int | None) -> Tensor:
+        """Of every slot there is, for one newest token, [R, 1, S]."""
+        starts_R11, slots_S = self._starts()[:, None, None], torch.arange(self.capacity, device=self.device)
+        firsts_R11 = starts_R11 + self._known(gaps, gaps)[:, None, None]
+        hidden_R1S = (slots_S < firsts_R11) | (slots_S > self._slot_1)
+        if window is not None:
+            prefixes_R11 = self._known("prefixes", [row.prefix for row in self.rows])[:, None, None]
+            old_R1S = (slots_S >= starts_R11 + prefixes_R11) & (slots_S <= self._slot_1 - window)
+            hidden_R1S = hidden_R1S | old_R1S
+        return hidden_R1S
+
+    def _hidden(self, gaps: tuple[int, ...], tokens: int, window: int | None) -> Tensor:
         starts_R11 = self._starts()[:, None, None]
         slots_S = torch.arange(self.slot + 1, device=self.device)
-        firsts_R11 = starts_R11 + torch.tensor(gaps, device=self.device)[:, None, None] if any(gaps) else starts_R11
+        firsts_R11 = starts_R11 + self._known(gaps, gaps)[:, None, None] if any(gaps) else starts_R11
         hidden_RTS = (slots_S < firsts_R11).expand(-1, tokens, -1)
         own_T1 = torch.arange(self.slot + 1 - tokens, self.slot + 1, device=self.device)[:, None]
         if tokens > 1:
             hidden_RTS = hidden_RTS | (slots_S > own_T1)
         if window is not None and window <= self.slot:
             # prefixes are always seen, as in a packed pass
-            prefixes_R11 = torch.tensor([row.prefix for row in self.rows], device=self.device)[:, None, None]
+            prefixes_R11 = self._known("prefixes", [row.prefix for row in self.rows])[:, None, None]
             old_RTS = (slots_S >= starts_R11 + prefixes_R11) & (slots_S <= own_T1 - window)
             hidden_RTS = hidden_RTS | old_RTS
         return hidden_RTS

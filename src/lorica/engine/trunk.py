@@ -87,12 +87,14 @@ class Trunk:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Final hidden states [N, width] of the packed tokens under the present route."""
+        return self.walked(self.tensor(packed.tokens), self.tensor(packed.positions), packed.lengths.tolist())
+
+    def walked(self, ids_N: Tensor, positions_N: Tensor, lengths: list[int]) -> Tensor:
+        """The same of tokens that are on the device."""
         backbone = self.backbone
         assert backbone.trunk is not None
         self.host.begin()
         forget_longest(backbone.module)
-        ids_N, positions_N = self.tensor(packed.tokens), self.tensor(packed.positions)
-        lengths: list[int] = packed.lengths.tolist()
         prompts, prefix_lengths = self._prompts(len(lengths)), self.hub.prefix_lengths(len(lengths))
         shifts = [p + sum(t.shape[0] for t in row) for p, row in zip(prefix_lengths, prompts, strict=True)]
         if any(shifts):
