@@ -60,7 +60,7 @@ class Ours:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One step of every variant."""
-    base = qwen3(options.width, dtype=options.dtype)
+    base = qwen3(options.width, dtype=options.dtype, shape=options.shape)
     peft = Peft(base)  # before our hooks, so that the copy carries none
     host = Host(wrap(base))
     for i in range(options.tenants):
@@ -104,7 +104,7 @@ def step_times(runs: dict[str, Callable[[int], None]], tokens: int, rounds: int)
 
 def main() -> None:
     """Run, and print."""
-    command(__doc__, "decode", measure, dtype="bfloat16", width=1024, tokens=24, rounds=8, tenants=32)
+    command(__doc__, "decode", measure, dtype="bfloat16", width=1024, shape="", tokens=24, rounds=8, tenants=32)
 
 
 if __name__ == "__main__":

@@ -26,25 +26,47 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+REAL = {
+    "qwen3-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12_288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "tie_word_embeddings": False,
+    }
+}
+"""Shapes of published models, by a name."""
+
+
 def qwen3(
-    width: int = 1024, layers: int = 8, vocabulary: int = 32_000, dtype: torch.dtype = torch.float32
+    width: int = 1024,
+    layers: int = 8,
+    vocabulary: int = 32_000,
+    dtype: torch.dtype = torch.float32,
+    shape: str = "",
 ) -> nn.Module:
-    """A random Qwen3 with tied embeddings; of width 1024 and 8 layers it has 133 million weights."""
+    """A random Qwen3 with tied embeddings; of width 1024 and 8 layers it has 133 million weights. `shape` names one of
+    `REAL` instead.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    config = Qwen3Config(
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 128,
-        head_dim=64,
-        vocab_size=vocabulary,
-        max_position_embeddings=32_768,
-        tie_word_embeddings=True,
-    )
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 3 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 64,
+        "num_key_value_heads": width // 128,
+        "head_dim": 64,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+    }
+    config = Qwen3Config(**(REAL[shape] if shape else sizes), max_position_embeddings=32_768)
     torch.manual_seed(0)
-    model: nn.Module = Qwen3ForCausalLM(config).to(dtype=dtype, device=device())
+    with torch.device(device()):  # eight billion weights are drawn where they will be
+        model: nn.Module = Qwen3ForCausalLM._from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 

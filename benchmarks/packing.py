@@ -6,6 +6,7 @@ more than three times as many.
 
 from __future__ import annotations
 
+import argparse
 from typing import Any
 
 import torch
@@ -32,15 +33,15 @@ def padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids_BT, mask_BT
 
 
-def measure(dtype: torch.dtype, rounds: int, width: int, count: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One step over the same sequences."""
-    base = qwen3(width, dtype=dtype)
+    count, base = options.sequences, qwen3(options.width, dtype=options.dtype, shape=options.shape)
     rng = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 32_000, (n,), generator=rng).tolist() for n in lengths(count)]
     examples = [Example.whole(row) for row in rows]
     ids_BT, mask_BT = padded(rows)
     ours, theirs = OurTrainer(base, "lora"), PeftTrainer(base)
-    times = least({"ours": lambda: ours.step(examples), "peft": lambda: theirs.step(ids_BT, mask_BT)}, rounds)
+    times = least({"ours": lambda: ours.step(examples), "peft": lambda: theirs.step(ids_BT, mask_BT)}, options.rounds)
     real = sum(map(len, rows))
     return {
         "sequences": count,
@@ -58,9 +59,10 @@ def main() -> None:
     command(
         __doc__,
         "packing",
-        lambda o: measure(o.dtype, o.rounds, o.width, o.sequences),
+        measure,
         dtype="bfloat16",
         width=512,
+        shape="",
         sequences=24,
         rounds=4,
     )

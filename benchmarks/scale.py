@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.models import LINEARS, another, qwen3
+from benchmarks.models import LINEARS, another, device, qwen3
 from benchmarks.timing import command, least
 from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
@@ -88,7 +88,7 @@ def peft_residents(base: nn.Module, count: int) -> dict[str, Any]:
 
     config = LoraConfig(r=1, lora_alpha=2, target_modules=LINEARS)
     model_ = get_peft_model(base, config, adapter_name="a0")
-    ids = torch.randint(3, VOCABULARY, (1, TOKENS))
+    ids = torch.randint(3, VOCABULARY, (1, TOKENS)).to(device())
 
     def step() -> None:
         model_(input_ids=ids, labels=ids).loss.backward()

@@ -52,22 +52,21 @@ class Tenants:
             client.optim_step()
 
 
-def measure(
-    dtype: torch.dtype, rounds: int, width: int, shapes: list[tuple[int, int]], methods: list[str]
-) -> dict[str, Any]:
-    """Every shape (tenants, tokens of each)."""
-    base = qwen3(width, dtype=dtype)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Every batch (tenants, tokens of each)."""
+    batches = [(int(count), int(tokens)) for count, tokens in (s.split("x") for s in options.batches.split(","))]
+    base = qwen3(options.width, dtype=options.dtype, shape=options.shape)
     report: dict[str, Any] = {}
     theirs = PeftTrainer(base)
-    for count, tokens in shapes:
-        ours = Tenants(base, count, tokens, methods)
+    for count, tokens in batches:
+        ours = Tenants(base, count, tokens, options.methods.split(","))
         ids_1N = ours.ids_TN[:1].to(device())
         runs: dict[str, Callable[[], object]] = {
             "joint": ours.joint,
             "ours one by one": ours.one_by_one,
             "peft one": lambda ids_1N=ids_1N: theirs.step(ids_1N),  # type: ignore[misc]
         }
-        times = least(runs, rounds)
+        times = least(runs, options.rounds)
         label = f"{count} tenants × {tokens} tokens"
         report |= {
             f"{label}: joint, tokens/s": round(count * tokens / times["joint"]),
@@ -79,12 +78,10 @@ def measure(
 
 def main() -> None:
     """Run, and print."""
-
-    def run(options: argparse.Namespace) -> dict[str, Any]:
-        shapes = [(int(count), int(tokens)) for count, tokens in (s.split("x") for s in options.shapes.split(","))]
-        return measure(options.dtype, options.rounds, options.width, shapes, options.methods.split(","))
-
-    command(__doc__, "tenants", run, dtype="bfloat16", width=1024, shapes="8x64,16x16", methods="lora", rounds=6)
+    command(
+        __doc__, "tenants", measure,
+        dtype="bfloat16", width=1024, shape="", batches="8x64,16x16", methods="lora", rounds=6,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

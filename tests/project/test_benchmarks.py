@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {
     "train": ["--width=128", "--rows=2", "--tokens=8", "--rounds=1", "--methods=lora,vera"],
     "packing": ["--width=128", "--sequences=3", "--rounds=1"],
-    "tenants": ["--width=128", "--shapes=2x8", "--rounds=1", "--methods=lora,dora"],
+    "tenants": ["--width=128", "--batches=2x8", "--rounds=1", "--methods=lora,dora"],
     "decode": ["--width=128", "--tokens=2", "--rounds=1", "--tenants=2"],
     "loss_head": ["--vocabularies=500", "--rounds=1"],
     "merging": ["--width=128", "--layers=1"],
