@@ -189,7 +189,8 @@ class Batch:
         self.cache.advance()
         ids_R1 = self.trunk.tensor([[row.tokens[-1]] for row in self._rows])
         lane = self.cache.steady()
-        key = None if lane is None or self._step.walk is None else (self._step, lane, lane.version)
+        graphs = self.host.executor.graphs and self._step.walk is not None
+        key = None if lane is None or not graphs else (self._step, lane, lane.version)
         (logits_RV,) = self._replays.run(key, {"ids": ids_R1}, self._logits)
         self._take(self._rows, logits_RV, events)
 

@@ -52,7 +52,8 @@ class Executor:
     """Shared by every adapted site of one backbone.
 
     Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the
-    dtype of the adapters' arithmetic, None for that of the activations; `recomputing` is true inside a checkpoint's
+    dtype of the adapters' arithmetic, None for that of the activations; `graphs` says whether passes may be replayed
+    where the device has graphs; `recomputing` is true inside a checkpoint's
     second pass; `window` is the span of packed positions that sites see, None for all of them; `memo` keeps lowered
     updates while no adapter can change (a generation), None otherwise; `muted` are adapters with sites at which they do
     not act.
@@ -62,6 +63,7 @@ class Executor:
         self.backbone = backbone
         self.route: Route | None = None
         self.compute: torch.dtype | None = None
+        self.graphs = True
         self.recomputing = False
         self.window: tuple[int, int] | None = None
         self.memo: dict[tuple[str, Adapter], Update] | None = None

@@ -313,6 +313,13 @@ class Host:
         self.executor.compute = dtype
         return self
 
+    def set_graphs(self, on: bool) -> Host:
+        """Whether passes and steps that come again are replayed as CUDA graphs, as they are at first: the same
+        operations in one launch, in memory of their own, as much as the largest of them takes. Only CUDA has them.
+        """
+        self.executor.graphs = on
+        return self
+
     def checkpointing(self) -> Host:
         """Activation checkpointing that remembers the route of each pass. Needs a transformers model and `train()`."""
         self._hooks.checkpointing()

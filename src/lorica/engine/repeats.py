@@ -33,7 +33,9 @@ def pass_key(
     host = trunk.host
     executor, hub = host.executor, trunk.hub
     device = trunk.backbone.device.type
-    if device not in GRAPHS or sum(lengths) > MOST or hub.shifted is not None or _saving_is_watched():
+    if not executor.graphs or device not in GRAPHS or sum(lengths) > MOST:
+        return None
+    if hub.shifted is not None or _saving_is_watched():
         return None
     chain = chain_of(executor)
     adapters = dict.fromkeys(adapter for stack in stacks for adapter in stack)

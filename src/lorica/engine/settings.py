@@ -39,6 +39,7 @@ class EngineSettings(Config):
         "dense", description="what training passes of all runs attend in; evaluation and sampling are dense"
     )
     attention_group: int = Field(0, ge=0, description="tokens of a shifted group; 0 is a quarter of each sequence")
+    graphs: bool = Field(True, description="replays passes that come again as CUDA graphs, where there is a GPU")
     deterministic: bool = Field(False, description="no two requests share a computation; results are bitwise equal")
 
     def shifted(self) -> Shifted | None:
