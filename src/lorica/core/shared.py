@@ -63,7 +63,9 @@ def share(name: str, tensor: Tensor) -> Shared:
 def shared_of(view: Tensor) -> Shared | None:
     """The shared tensor that this is a view of, None where it is of no such tensor."""
     found = None if view.requires_grad else _BY_PLACE.get(_place(view))
-    return found if found is not None and _place(found.tensor) == _place(view) else None
+    if found is None or found.tensor.device != view.device or _place(found.tensor) != _place(view):
+        return None
+    return found
 
 
 def _place(tensor: Tensor) -> int:
