@@ -215,6 +215,14 @@ def test_a_step_moves_the_weight_along_the_projection_whatever_the_scaling(
     torch.testing.assert_close((before - after) / lr, direction, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("block", [1, 15, 28])
+def test_blocks_of_any_size_are_one_step(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 5 rows of 7, one, two, or four at a time."""
+    expected = stepped(LoRAPro(rank=3), G, A, B, 0.01, 3)[1]
+    monkeypatch.setattr("lorica.methods.lora_pro.BLOCK", block)
+    torch.testing.assert_close(stepped(LoRAPro(rank=3), G, A, B, 0.01, 3)[1], expected, rtol=1e-9, atol=1e-12)
+
+
 def test_the_first_step_of_adam_has_size_one() -> None:
     """The authors' code corrects the bias one step ahead, so its first step has 0.744 of that size."""
     r = 5

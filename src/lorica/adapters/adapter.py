@@ -9,27 +9,17 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lorica.adapters.layout import GLOBAL, Layout
 from lorica.core.errors import FormatError
+from lorica.core.shared import Shared, share
 from lorica.core.update import Update
 from lorica.methods.base import BaseWeight, Method
 
 WeightOf = Callable[[str], BaseWeight]
-
-
-class _Shared:
-    """Frozen tensors that adapters with equal content share (VeRA's projections), freed with their last user."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-
-_SHARED: WeakValueDictionary[tuple[Any, ...], _Shared] = WeakValueDictionary()
 
 
 class Adapter:
@@ -63,13 +53,18 @@ class Adapter:
         self.generation = 0
         self.flat: Tensor = torch.zeros(layout.size, dtype=dtype)
         self.frozen: dict[str, dict[str, Tensor]] = {}
-        self._kept: list[_Shared] = []
+        self._kept: list[Shared] = []
         self._grad: Tensor | None = None
         self._leaves: dict[str, dict[str, Tensor]] = {}
 
     @property
     def method(self) -> Method:
         return self.layout.method
+
+    @property
+    def mark(self) -> tuple[int, ...]:
+        """Another one whenever `generation` is, and whenever a tensor that it shares with others was written to."""
+        return (self.generation, *(shared.version for shared in self._kept))
 
     @property
     def grad(self) -> Tensor:
@@ -127,13 +122,8 @@ class Adapter:
 
     def _share(self, param: str, value: Tensor) -> None:
         """Keep one copy of equal frozen global tensors, whoever made them."""
-        value = value.detach().to(self.flat).contiguous()
-        raw = value.cpu().reshape(-1).view(torch.uint8).numpy()  # numpy itself has no bfloat16
-        key = (param, tuple(value.shape), value.dtype, value.device, zlib.crc32(raw.data))
-        shared = _SHARED.get(key)
-        if shared is None or not torch.equal(shared.tensors[param], value):
-            shared = _SHARED[key] = _Shared({param: value})
-        self.frozen.setdefault(GLOBAL, {})[param] = shared.tensors[param]
+        shared = share(param, value.detach().to(self.flat))
+        self.frozen.setdefault(GLOBAL, {})[param] = shared.tensor
         self._kept.append(shared)
 
     def tensors(self, site: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.engine.equation import Dropout
+from lorica.engine.frozen_factors import in_dtype, product
 from lorica.engine.replay import held
 
 KEEP = 8
@@ -127,13 +128,13 @@ class Block:
 
     def add(self, x_NI: Tensor, y_NO: Tensor, tensors: Sequence[Tensor], needs: Needs) -> Low:
         """Add the terms to y in place. Returns what this made, for `back`."""
-        h_TnR = self._read(x_NI) @ self._stacked_a(tensors, x_NI.dtype).mT
+        h_TnR = self._low(self._read(x_NI), tensors)
         y, us = self._own(y_NO), []
         for i, m_TnR in enumerate(self._middles(h_TnR, tensors)):
             term = self.terms[0][i]
             y_TnO = columns_of(y, term.columns)
             if self._apart(i, needs):
-                u_nO = m_TnR @ tensors[term.B].to(x_NI.dtype).mT
+                u_nO = product(m_TnR, tensors[term.B])
                 y_TnO.addcmul_(u_nO, tensors[term.post].to(x_NI.dtype))
                 us += [u_nO] if needs(term.post) else []
             elif self.count == 1:
@@ -157,7 +158,7 @@ class Block:
         x_TnI, h_TnR, us = None if x_NI is None else self._read(x_NI), low.h, iter(low.us)
         if h_TnR is None and self.reads_low(needs):
             assert x_TnI is not None
-            h_TnR = x_TnI @ self._stacked_a(tensors, dy_NO.dtype).mT
+            h_TnR = self._low(x_TnI, tensors)
         dy = self._own(dy_NO)
         crossed = [i for i in range(len(self.spans)) if self._crosses(i, needs)]
         middles = self._middles(h_TnR, tensors) if crossed and h_TnR is not None else []
@@ -168,7 +169,7 @@ class Block:
                 self._b_grads(i, self._cross(i, dy_TnO, middles[i]), tensors, needs, add)
             elif needs(term.post):
                 add(term.post, (dy_TnO * next(us)).sum(0))
-            dm_TnR = dy_TnO @ self._stacked_b(i, tensors, dy_NO.dtype)
+            dm_TnR = self._through_b(i, dy_TnO, tensors, needs)
             if needs(term.mid):
                 assert h_TnR is not None
                 dmid_R = (dm_TnR * self._span(h_TnR, i)).sum(0)
@@ -210,6 +211,14 @@ class Block:
             return dy_TnO.mT @ m_TnR
         return (m_TnR.mT @ dy_TnO).mT  # the narrow side is transposed: kernels would copy the other
 
+    def _through_b(self, i: int, dy_TnO: Tensor, tensors: Sequence[Tensor], needs: Needs) -> Tensor:
+        """`dy (post ⊙ B)`; post goes to the smaller of the two."""
+        term = self.terms[0][i]
+        B_OR = tensors[term.B]
+        if self._apart(i, needs) and dy_TnO.shape[0] <= B_OR.shape[1]:
+            return product(dy_TnO * tensors[term.post].to(dy_TnO.dtype), B_OR.mT)
+        return dy_TnO @ self._stacked_b(i, tensors, dy_TnO.dtype)
+
     def _b_grads(self, i: int, G_TOR: Tensor, tensors: Sequence[Tensor], needs: Needs, add: Add) -> None:
         """Of `G = dyᵀ m`, ranks that were filled up included."""
         for t, terms in enumerate(self.terms):
@@ -225,6 +234,13 @@ class Block:
         if self.dropout is None:
             return self._own(x_NI)
         return self.dropout(rows_of(x_NI, self.rows))  # of a single segment
+
+    def _low(self, x_TnI: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        """`x Aᵀ`."""
+        owners = self._owners()
+        if len(owners) == 1:
+            return product(x_TnI, tensors[owners[0][1]])
+        return x_TnI @ self._stacked_a(tensors, x_TnI.dtype).mT
 
     def _span(self, low_TnR: Tensor, i: int) -> Tensor:
         return _narrow(low_TnR, -1, *self.spans[i])
@@ -266,7 +282,7 @@ class Block:
             missing = ranks[first] - A_RI.shape[0]
             parts.append(F.pad(A_RI, (0, 0, 0, missing)) if missing else A_RI)
         if len(parts) == 1:
-            return parts[0].to(dtype)
+            return in_dtype(parts[0], dtype)
         A_RI = torch.cat(parts).to(dtype)
         return A_RI if self.count == 1 else A_RI.view(self.count, self.width, -1)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorica.adapters.adapter import Adapter
 from lorica.engine.executor import Executor, Work
 from lorica.engine.fused import FusedNorm, Gated, fused_parts
+from lorica.engine.fused_norms import AdaptedNorm
 from lorica.engine.groups import Group, Shared, Stand, groups_of, standing_in
 from lorica.engine.linear import Base, Make, adapted_linear
 from lorica.engine.linear_sites import is_sum, parts_of, stacked_linear
@@ -91,6 +92,8 @@ def fast_modules(executor: Executor) -> Iterator[None]:
     route = executor.live_route()
     touched = () if route is None else route.adapters()
     forwards: list[tuple[nn.Module, Any]] = [(m, norm) for m, norm in norms.items() if _is_bare(m, touched)]
+    adapted = ((m, m.__dict__["forward"], norm) for m, norm in norms.items() if not _is_bare(m, touched))
+    forwards += [(m, AdaptedNorm(own, norm)) for m, own, norm in adapted if _is_alone(own)]
     for shared in passes.values():
         forwards += [(m.module, Stand(shared, i)) for i, m in enumerate(shared.group.members)]
     for block in blocks:
@@ -129,8 +132,12 @@ def _is_bare(norm: nn.Module, adapters: Sequence[Adapter]) -> bool:
     before = norm.__dict__.get("forward")
     if before is None:
         return True
-    ours = isinstance(before, NormForward) and before.previous is None
-    return ours and not any(before.executor.acts(adapter, before.site.name) for adapter in adapters)
+    return _is_alone(before) and not any(before.executor.acts(adapter, before.site.name) for adapter in adapters)
+
+
+def _is_alone(forward: object) -> TypeGuard[NormForward]:
+    """Whether a norm's forward is ours, with nobody else's below it."""
+    return isinstance(forward, NormForward) and forward.previous is None
 
 
 def frozen_maps(executor: Executor, module: nn.Module) -> FrozenMaps | None:

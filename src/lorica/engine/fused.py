@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorica.engine.groups import is_free
 from lorica.engine.modes import in_mode
 from lorica.models.backbone import Backbone
 
@@ -57,6 +58,10 @@ class FusedNorm:
         result: Tensor = cast(Any, _Norm).apply(x, self)
         return result
 
+    def root(self, wide: Tensor) -> Tensor:
+        """`1 / √(mean(x²) + ε)` of a float32 x."""
+        return wide.pow(2).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+
     @property
     def in_one_call(self) -> Callable[[Tensor], Tensor] | None:
         """torch's own norm, for passes without gradients: fewer calls, and one rounding fewer. None for a form whose
@@ -72,7 +77,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: FusedNorm) -> Tensor:
         wide = x.float()
-        root = wide.pow(2).mean(-1, keepdim=True).add_(norm.eps).rsqrt_()
+        root = norm.root(wide)
         ctx.save_for_backward(x, root)
         ctx.factor = norm.factor
         return norm.form.apply(wide * root, norm.weight, x.dtype)
@@ -90,7 +95,7 @@ def norm_of(module: nn.Module) -> FusedNorm | None:
     """A stand-in for a norm's forward; None unless one form gives its output bit for bit."""
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    named = type(module).__name__.endswith("RMSNorm") and "forward" not in module.__dict__
+    named = type(module).__name__.endswith("RMSNorm") and is_free(module)
     if not named or weight is None or weight.ndim != 1 or not isinstance(eps, float) or len(module._parameters) > 1:
         return None
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -48,7 +48,7 @@ def pass_key(
             if hooked(module) or getattr(module, "gradient_checkpointing", False):
                 return None
             forwards.append(module.__dict__.get("forward"))
-    marks = {adapter: (weakref.ref(adapter), adapter.generation, adapter.held) for adapter in adapters}
+    marks = {adapter: (weakref.ref(adapter), adapter.mark, adapter.held) for adapter in adapters}
     rows = tuple(tuple(marks[adapter] for adapter in stack) for stack in stacks)
     modes = (backward, executor.compute, executor.muted, torch.are_deterministic_algorithms_enabled())
     return (rows, tuple(lengths), others, modes, torch.is_autocast_enabled(device), tuple(forwards))

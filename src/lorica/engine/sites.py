@@ -122,7 +122,7 @@ class NormForward(SiteForward):
             pieces.append(self._run(rows[item.start : item.stop], item))
             done = item.stop
         pieces += [self._run(rows[done:], None)] if done < leading else []
-        return torch.cat(pieces).view(x.shape)
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(x.shape)
 
     def _run(self, x: Tensor, item: Work | None) -> Tensor:
         if item is None:
@@ -139,7 +139,7 @@ class NormForward(SiteForward):
         if dtype == x.dtype:
             return y
         frozen = self._with(x.to(dtype), self.executor.backbone.weight(self.site.name).matrix(), self.bias())
-        return _rounded_once(cast(Tensor, self.inner(x)), frozen, y)
+        return rounded_once(cast(Tensor, self.inner(x)), frozen, y)
 
     def _with(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The module on x with another weight and bias, in x's dtype."""
@@ -151,7 +151,7 @@ class NormForward(SiteForward):
             self.plain = False
 
 
-def _rounded_once(base: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
+def rounded_once(base: Tensor, frozen: Tensor, y: Tensor) -> Tensor:
     """`y` in the dtype of `base`, where `frozen` is what `base` was before the module rounded it in its own manner.
 
     That manner is kept, and where y is `frozen` the result is `base`, bit for bit. The sum is rounded as a whole: a

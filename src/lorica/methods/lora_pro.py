@@ -6,7 +6,6 @@ of `sBA` is the projection of a full step. The full gradient is never needed. Re
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -19,8 +18,8 @@ from lorica.core.tangent import Choice, Tangent, tangents
 from lorica.methods.base import Paper, SiteStep, Step
 from lorica.methods.lora import LoRA
 
-BLOCK = 2**18
-"""Elements of a weight's shape that go through Adam at a time on a CPU: four such arrays fit its cache."""
+BLOCK = 2**17
+"""Elements of a weight's shape that go through Adam at a time on a CPU, fewer of which would cost too many calls."""
 
 
 class LoRAPro(LoRA):
@@ -77,11 +76,13 @@ class LoRAPro(LoRA):
 
     def before_step(self, step: Step) -> None:
         full = self.optimizer == "adamw" and self.state == "full"
-        overshoots = []
-        for (name, own), at in zip(step.sites.items(), _tangents(list(step.sites.values()), self.damping), strict=True):
+        overshoots, ats = [], _tangents(list(step.sites.values()), self.damping)
+        # one for all: fresh pages for each block would take longer than its arithmetic
+        room = ats[0].A_RI.new_empty(2, max(_rows(at) * at.A_RI.shape[1] for at in ats) if full else 0)
+        for (name, own), at in zip(step.sites.items(), ats, strict=True):
             gA_RI, gB_OR = own.grads["A"].flatten(1).to(at.A_RI), own.grads["B"].to(at.B_OR)
             if full:
-                gA_RI, gB_OR = _through_adam(step, name, at, *at.solve(gA_RI, gB_OR, "zero"))
+                gA_RI, gB_OR = _through_adam(step, name, at, *at.solve(gA_RI, gB_OR, "zero"), room)
             hA_RI, hB_OR = at.solve(gA_RI, gB_OR, self.x_choice)
             overshoots.append(step.lr * at.overshoot(gA_RI, gB_OR, hA_RI, hB_OR))
             own.grads["A"].copy_(hA_RI.view_as(own.grads["A"]))
@@ -96,28 +97,39 @@ def _tangents(sites: list[SiteStep], damping: float) -> list[Tangent]:
     return tangents(factors, damping)
 
 
-def _through_adam(step: Step, site: str, at: Tangent, hA_RI: Tensor, hB_OR: Tensor) -> tuple[Tensor, Tensor]:
-    """`sBᵀD` and `sDAᵀ` of Adam's direction D [out, in] for g̃, by blocks of rows that stay in the cache."""
+def _rows(at: Tangent) -> int:
+    """How many rows of a weight's shape go through Adam at a time."""
+    rows, columns = len(at.B_OR), at.A_RI.shape[1]
+    return min(rows, max(1, BLOCK // columns)) if at.A_RI.device.type == "cpu" else rows
+
+
+def _through_adam(
+    step: Step, site: str, at: Tangent, hA_RI: Tensor, hB_OR: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`sBᵀD` and `sDAᵀ` of Adam's direction D [out, in] for g̃, by blocks of rows that stay in the cache. `room` has two
+    rows as long as a block.
+    """
     shape = len(at.B_OR), at.A_RI.shape[1]
     names = f"{site}/exp_avg", f"{site}/exp_avg_sq"
     for name in names:
         if name not in step.state:
             step.state[name] = at.A_RI.new_zeros(shape)
     moments = [step.state[name] for name in names]
-    gA_RI, gB_OR = torch.zeros_like(at.A_RI), torch.empty_like(at.B_OR)
-    rows = max(1, BLOCK // shape[1]) if at.A_RI.device.type == "cpu" else shape[0]
+    left_OK, right_KI = at.sides(hA_RI, hB_OR)
+    gA_RI, gB_RO = torch.zeros_like(at.A_RI), at.B_OR.new_empty(at.B_OR.T.shape)
+    rows = _rows(at)
+    blocks = room[:, : rows * shape[1]].view(2, rows, shape[1])
     for start in range(0, shape[0], rows):
         own = slice(start, start + rows)
-        part = replace(at, B_OR=at.B_OR[own])
-        adam_OI = _adam(step, part.equivalent(hA_RI, hB_OR[own]), *(moment[own] for moment in moments))
-        gA_RI.addmm_(part.B_OR.T, adam_OI, alpha=at.s)
-        gB_OR[own] = at.s * adam_OI @ at.A_RI.T
-    return gA_RI, gB_OR
+        g_OI, adam_OI = blocks[:, : len(left_OK[own])]
+        _adam(step, torch.mm(left_OK[own], right_KI, out=g_OI), adam_OI.zero_(), *(moment[own] for moment in moments))
+        gA_RI.addmm_(at.B_OR[own].T, adam_OI)
+        gB_RO[:, own] = at.A_RI @ adam_OI.T  # kernels are slow where the narrow side comes second
+    return gA_RI.mul_(at.s), gB_RO.T * at.s
 
 
-def _adam(step: Step, g_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> Tensor:
+def _adam(step: Step, g_OI: Tensor, direction_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> None:
     """Adam's direction `m̂ / (√v̂ + ε)` for g̃, whose moments move on: torch's own step from zero, at a rate of 1."""
-    direction_OI = torch.zeros_like(g_OI)
     done = torch.tensor(float(step.done), device=g_OI.device)
     adamw(
         [direction_OI],
@@ -135,4 +147,3 @@ def _adam(step: Step, g_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> Tens
         eps=step.eps,
         maximize=True,
     )
-    return direction_OI
