@@ -182,12 +182,26 @@ def test_a_pass_that_cannot_be_recorded_runs_as_it_is_and_says_so_once(monkeypat
     assert not replays.active and len(replays) == 0
 
 
-def test_the_last_used_recordings_are_kept_and_a_pass_that_waits_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def recorded(replays: Replays) -> set[object]:
+    return {key for key, found in replays._passes.items() if found.recording is not None}
+
+
+def test_a_recording_in_use_makes_no_room_and_an_idle_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GRAPHS, "cpu", Tape)
     replays = Replays(torch.device("cpu"), most=2)
-    for key in ("a", "b", "a", "c", "b"):
-        several(replays, key, doubled)
-    assert len(replays) == 2 and replays.replayed == 3 * 1 + 2 * 3
-    several(replays, "waits", waiting)
-    several(replays, "waits", waiting)
-    assert [key for key, found in replays._passes.items() if found.recording is not None] == ["c", "b"]
+    for _ in range(4):
+        for key in ("a", "b", "c"):  # more than there may be, in turns
+            several(replays, key, doubled)
+    assert recorded(replays) == {"a", "b"} and replays.replayed == 2 * (1 + 3 * 3)
+    for _ in range(3):
+        for key in ("b", "c"):
+            several(replays, key, doubled)
+    assert recorded(replays) == {"b", "c"}
+
+
+def test_a_pass_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAPHS, "cpu", Tape)
+    replays = Replays(torch.device("cpu"))
+    for _ in range(3):
+        several(replays, "waits", waiting)
+    assert replays.active and not recorded(replays)

@@ -84,7 +84,7 @@ class Batch:
         self.trunk, self.host, self.updates = trunk, trunk.host, updates
         self.prefixes = prefixes
         self.cache = KVCache(trunk.backbone.device, budget)
-        self._replays = Replays(trunk.backbone.device, most=1)
+        self._replays = Replays(trunk.backbone.device)
         self._rows: list[Row] = []  # of the steps, in their order; the dead among them until the batch is thin
         self._passing: list[Row] = []
         self._stale = False

@@ -20,7 +20,7 @@ from lorica.engine.replay import GRAPHS
 from lorica.engine.route import Stack
 from lorica.engine.trunk import Trunk
 
-MOST = 2048
+MOST = 4096
 """Positions of the longest pass that is recorded."""
 
 

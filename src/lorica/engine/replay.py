@@ -21,6 +21,8 @@ from torch import Tensor
 
 KNOWN = 256
 """Keys that are remembered."""
+LATELY = 4
+"""A recording is in use while it is replayed once in so many runs for each recording that there may be."""
 TRIES = 3
 """Runs in which a pass may show that it does not wait; what is made once for a key waits in its first."""
 
@@ -123,9 +125,10 @@ class _Recording:
 
 @dataclass(slots=True, eq=False)
 class _Pass:
-    """What is known of a key. `waits` is None until a run was watched."""
+    """What is known of a key. `last` is the number of its last run among all; `waits` is None until one was watched."""
 
     runs: int = 0
+    last: int = 0
     waits: bool | None = None
     recording: _Recording | None = None
 
@@ -135,16 +138,17 @@ class Replays:
 
     Args:
         device: where it has no graphs, every pass runs as it is.
-        most: recordings that are kept, the last used; each holds its inputs and outputs, and all share the memory of
-            the largest.
+        most: recordings that are kept; each holds its inputs and outputs, and all share the memory of the largest. One
+            that was used lately does not make room for another, or more keys than that would only ever be recorded.
 
     A key's first run is as it is, the second is watched, and the third is recorded, which costs about two.
     """
 
-    def __init__(self, device: torch.device, *, most: int = 16) -> None:
+    def __init__(self, device: torch.device, *, most: int = 32) -> None:
         self.device, self.most = device, most
         self.active = device.type in GRAPHS
         self.replayed = 0
+        self._runs = 0
         self._passes: OrderedDict[Hashable, _Pass] = OrderedDict()
 
     def __len__(self) -> int:
@@ -163,16 +167,16 @@ class Replays:
             return body(inputs)
         found = self._passes.setdefault(key, _Pass())
         self._passes.move_to_end(key)
-        found.runs += 1
+        self._runs += 1
+        found.runs, found.last = found.runs + 1, self._runs
         if found.runs == 1 or (found.waits and found.runs > TRIES):
             self._tidy()
             return body(inputs)
         if found.waits is not False:
             outputs, found.waits = GRAPHS[self.device.type].watched(partial(body, inputs))
             return outputs
-        if found.recording is None:
+        if found.recording is None and self._has_room():
             found.recording = self._record(inputs, body)
-            self._tidy()
         if found.recording is None:
             return body(inputs)
         self.replayed += 1
@@ -193,12 +197,19 @@ class Replays:
                 return None
         return _Recording(graph, own, outputs, kept)
 
+    def _has_room(self) -> bool:
+        """Whether there may be one recording more; one that was not used for long goes for it."""
+        recorded = self._recorded()  # the longest unused first
+        if len(recorded) < self.most:
+            return True
+        idle = self._runs - recorded[0].last > LATELY * self.most
+        if idle:
+            recorded[0].recording = None
+        return idle
+
     def _tidy(self) -> None:
         while len(self._passes) > KNOWN:
             self._passes.popitem(last=False)
-        recorded = self._recorded()
-        for found in recorded[: max(0, len(recorded) - self.most)]:
-            found.recording = None
 
 
 @contextmanager

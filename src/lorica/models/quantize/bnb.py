@@ -77,19 +77,24 @@ def _quant_state(packed: Packed, dtype: torch.dtype) -> Any:
     device = parts["codes"].device
     nested: dict[str, Any] = {}
     if form.double:
-        state2 = make(
-            absmax=parts["nested_absmax"], blocksize=NESTED, code=dynamic_8bit().to(device), dtype=torch.float32
-        )
+        state2 = make(absmax=parts["nested_absmax"], blocksize=NESTED, code=_tables(device)[1], dtype=torch.float32)
         nested = {"offset": parts["nested_offset"], "state2": state2}
     return make(
         absmax=parts["absmax"],
         shape=torch.Size(packed.shape),
-        code=normal_float(4).to(device),
+        code=_tables(device)[0],
         blocksize=form.block,
         quant_type="nf4",
         dtype=dtype,
         **nested,
     )
+
+
+@functools.cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The values of codes and of codes of scales, on a device."""
+    with torch.inference_mode(False):  # they serve passes of every mode
+        return normal_float(4).to(device), dynamic_8bit().to(device)
 
 
 def _package() -> Any:
