@@ -1,8 +1,8 @@
 """Every registered method: its step over the frozen floor and over our LoRA's, what it keeps, and PEFT beside it.
 
-In: nothing. Out: ratios of one run. Each method has its defaults and targets; it takes turns with the floor, with LoRA
-and, where PEFT reads its folder, with PEFT over the same adapter. Eight different methods share one batch, over the
-same batch of eight LoRAs.
+In: nothing. Out: ratios of one run. Each method has its targets and its default settings, or with --rank the rank that
+all have; it takes turns with the floor, with LoRA and, where PEFT reads its folder, with PEFT over the same adapter.
+Eight different methods share one batch, over the same batch of eight LoRAs.
 """
 
 from __future__ import annotations
@@ -38,18 +38,19 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.rounds: int = options.rounds
+        self.how = f"rank-{options.rank}" if options.rank else "default"
         self.base: nn.Module = qwen3(options.width, options.layers, dtype=options.dtype)
         rng = torch.Generator().manual_seed(1)
         self.ids_BT: Tensor = torch.randint(3, 32_000, (options.rows, options.tokens), generator=rng).to(device())
         self.examples: list[Example] = examples_of(self.ids_BT)
-        self.floor, self.lora = OurFloor(self.base), OurTrainer(self.base, "default:lora")
+        self.floor, self.lora = OurFloor(self.base), OurTrainer(self.base, f"{self.how}:lora")
         with Saved(list(self.base.parameters())) as saved:
             self.floor.step(self.examples)
         self.floor_bytes = saved.bytes
 
     def row(self, name: str) -> dict[str, Any]:
         """One method's figures. Raises LoricaError where it does not fit the model."""
-        ours = self.lora if name == "lora" else OurTrainer(self.base, f"default:{name}")
+        ours = self.lora if name == "lora" else OurTrainer(self.base, f"{self.how}:{name}")
         runs: dict[str, Callable[[], object]] = {
             "floor": partial(self.floor.step, self.examples),
             "lora": partial(self.lora.step, self.examples),
@@ -90,8 +91,8 @@ class Bench:
 
     def mixed(self, names: list[str], tokens: int) -> float:
         """A joint step of eight different methods over one of eight LoRAs, a row each."""
-        mixed = Tenants(self.base, TENANTS, tokens, [f"default:{name}" for name in names])
-        plain = Tenants(self.base, TENANTS, tokens, ["default:lora"])
+        mixed = Tenants(self.base, TENANTS, tokens, [f"{self.how}:{name}" for name in names])
+        plain = Tenants(self.base, TENANTS, tokens, [f"{self.how}:lora"])
         times = least({"mixed": mixed.joint, "lora": plain.joint}, self.rounds)
         return times["mixed"] / times["lora"]
 
@@ -133,7 +134,7 @@ def main() -> None:
     """Run, and print."""
     command(
         __doc__, "methods", measure,
-        dtype="bfloat16", width=512, layers=8, rows=4, tokens=64, methods="all", rounds=4,
+        dtype="bfloat16", width=512, layers=8, rows=4, tokens=64, rank=0, methods="all", rounds=4,
     )  # fmt: skip
 
 

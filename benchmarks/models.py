@@ -86,12 +86,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def variant_of(name: str) -> tuple[str, dict[str, Any]]:
     """The method and the settings of one of `VARIANTS`; `default:NAME` is a registered method with its defaults, told
-    how many steps are planned where it asks.
+    how many steps are planned where it asks, and `rank-16:NAME` one of this rank where it has any.
     """
     if name in VARIANTS:
         return VARIANTS[name]
-    method = name.removeprefix("default:")
-    return method, {"steps": PLANNED} if "steps" in all_methods()[method].model_fields else {}
+    how, _, method = name.partition(":")
+    fields = all_methods()[method].model_fields
+    settings: dict[str, Any] = {"steps": PLANNED} if "steps" in fields else {}
+    if how.startswith("rank-") and "rank" in fields:
+        settings["rank"] = int(how.removeprefix("rank-"))
+    return method, settings
 
 
 class PeftTrainer:

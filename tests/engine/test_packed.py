@@ -138,6 +138,28 @@ def test_the_short_kernel_is_attention_to_the_rounding_of_half_precision(
         assert (one.double() - two).norm() < 0.02 * two.norm()
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_short_half_precision_sequences_see_their_prefixes(window: int | None) -> None:
+    RNG.manual_seed(7)
+    lengths = [33, 20, 40]
+    leaves = [rand(sum(lengths), heads, 16, dtype=torch.bfloat16).requires_grad_(True) for heads in (4, 2, 2)]
+    leaves += [rand(5, 2, 16, dtype=torch.bfloat16).requires_grad_(True) for _ in range(2)]
+    exact = [leaf.detach().double().requires_grad_(True) for leaf in leaves]
+    packed = [x.transpose(0, 1)[None] for x in leaves[:3]]
+    prefixes = [(leaves[3], leaves[4]), None, (leaves[3], leaves[4])]
+    found = packed_attention(Causal(), *packed, lengths=lengths, prefixes=prefixes, sliding_window=window)[0]
+    pieces = [x.split(lengths) for x in exact[:3]]
+    own = [(exact[3], exact[4]), None, (exact[3], exact[4])]
+    expected = torch.cat(
+        [alone(*(p[i] for p in pieces), own[i], True, window, None, None) for i in range(3)]  # type: ignore[call-arg]
+    )
+    assert (found.double() - expected).abs().max() < 0.03
+    dy = rand(*expected.shape)
+    slopes = torch.autograd.grad(found, leaves, dy.bfloat16())
+    for one, two in zip(slopes, torch.autograd.grad(expected, exact, dy), strict=True):
+        assert (one.double() - two).norm() < 0.02 * two.norm()
+
+
 def test_scores_are_made_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     RNG.manual_seed(6)
     q, k, v = (rand(3, 16, n, 8, dtype=torch.bfloat16).requires_grad_(True) for n in (4, 2, 2))

@@ -7,7 +7,7 @@ computed. Refuses to know text, files, users and schedules of runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +18,13 @@ from lorica.adapters.adapter import Adapter
 from lorica.core.errors import DataError
 from lorica.data.datum import Datum, Floats
 from lorica.data.example import Example
-from lorica.data.packing import end_to_end
+from lorica.data.packing import Packed, end_to_end
 from lorica.engine.checks import check_positions, check_tokens
 from lorica.engine.fast import fast_modules, frozen_maps
 from lorica.engine.host import Host, RowSpec
+from lorica.engine.loss_groups import Group, groups_of, sums
 from lorica.engine.repeats import pass_key
-from lorica.engine.replay import Replays
+from lorica.engine.replay import Inputs, Replays
 from lorica.engine.route import Numbers, Stack, numbered
 from lorica.engine.trunk import Trunk
 from lorica.models.positions import uniform_positions
@@ -148,14 +149,8 @@ class Engine:
         rows, numbers = [call.stacks[i] for i in chunk], [call.numbers[i] for i in chunk]
         lengths: list[int] = packed.lengths.tolist()
         groups = groups_of([call.losses[i] for i in chunk], data)
-        tensor = self.trunk.tensor
-        given = {"tokens": tensor(packed.tokens), "positions": tensor(packed.positions)}
-        if all(datum.crow is None for datum in data):
-            given[TARGETS] = tensor(np.concatenate([datum.targets for datum in data]))
-        for group in groups:
-            given |= {group.name(name): tensor(own, torch.float32) for name, own in group.inputs.items()}
 
-        def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        def run(inputs: Inputs) -> list[Tensor]:
             with (
                 torch.set_grad_enabled(backward),
                 self.host.rows(rows, lengths=lengths, counts=call.counts, numbers=numbers),
@@ -169,20 +164,24 @@ class Engine:
                     total.backward()
             return [t.detach() for t in (torch.cat(lps), *terms)]
 
-        key = None
+        given, key = self._given(packed, data, groups), None
         if TARGETS in given:
             others = tuple((group.loss, tuple(group.places), tuple(group.inputs)) for group in groups)
             key = pass_key(self.trunk, rows, lengths, others, backward=backward)
-        flat, *found = self._replays().run(key, given, run)
-        sums: list[float] = [0.0] * len(chunk)
-        for group, terms_M in zip(groups, found, strict=True):
-            pieces = terms_M.split(group.lengths)
-            sizes = torch.stack([p.double().sum() for p in pieces]).tolist()
-            for place, value in zip(group.places, sizes, strict=True):
-                sums[place] = value
+        flat, *terms = self._replays().run(key, given, run)
         flat_M = flat.cpu().numpy()
         edges = np.cumsum([len(datum.targets) for datum in data])[:-1]
-        return [Result(loss, own) for loss, own in zip(sums, np.split(flat_M, edges), strict=True)]
+        return [Result(loss, own) for loss, own in zip(sums(groups, terms), np.split(flat_M, edges), strict=True)]
+
+    def _given(self, packed: Packed, data: Sequence[Datum], groups: Sequence[Group]) -> dict[str, Tensor]:
+        """All numbers that a pass reads besides adapters and weights, on the device."""
+        tensor = self.trunk.tensor
+        given = {"tokens": tensor(packed.tokens), "positions": tensor(packed.positions)}
+        if all(datum.crow is None for datum in data):
+            given[TARGETS] = tensor(np.concatenate([datum.targets for datum in data]))
+        for group in groups:
+            given |= {group.name(name): tensor(own, torch.float32) for name, own in group.inputs.items()}
+        return given
 
     def _replays(self) -> Replays:
         """Recorded passes, kept until the frozen weights change."""
@@ -225,47 +224,6 @@ class Engine:
 
 def _shifted(head: Callable[[Tensor, int], Tensor], by: int) -> Callable[[Tensor, int], Tensor]:
     return lambda hidden_CD, start: head(hidden_CD, start + by)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Group:
-    """Sequences of one loss, by their places in a pass: the loss's inputs end to end, and how many targets each has."""
-
-    loss: Loss
-    places: list[int]
-    inputs: dict[str, Floats]
-    lengths: list[int]
-
-    def name(self, name: str) -> str:
-        """What an input is called among those of the pass."""
-        return f"{name} of {self.places[0]}"
-
-    def terms(self, lps: Sequence[Tensor], inputs: Mapping[str, Tensor]) -> Tensor:
-        """The terms of the loss end to end."""
-        lp_M = torch.cat([lps[i] for i in self.places])
-        own = {name: inputs[self.name(name)].to(lp_M.dtype) for name in self.inputs}
-        return self.loss.terms(lp_M, own, self.lengths)
-
-
-def groups_of(losses: Sequence[Loss], data: Sequence[Datum]) -> list[Group]:
-    """For each different loss, which sequences have it, and its inputs."""
-    places: dict[Loss, list[int]] = {}
-    for place, loss in enumerate(losses):
-        places.setdefault(loss, []).append(place)
-    return [_group(loss, own, data) for loss, own in places.items()]
-
-
-def _group(loss: Loss, places: list[int], data: Sequence[Datum]) -> Group:
-    inputs = {}
-    for name in (*loss.inputs, *loss.optional):
-        default = loss.optional.get(name, 0.0)
-        values = [data[i].inputs.get(name) for i in places]
-        filled = [
-            np.full(len(data[i].targets), default, np.float32) if own is None else own
-            for i, own in zip(places, values, strict=True)
-        ]
-        inputs[name] = np.concatenate(filled)
-    return Group(loss, places, inputs, [len(data[i].targets) for i in places])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

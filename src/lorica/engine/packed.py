@@ -59,7 +59,10 @@ def packed_attention(
     for bucket in found.buckets:
         q, k, v = (bucket.spread(x) for x in (q_NHK, k_NGK, v_NGK))
         own = [prefix for prefix in (prefixes[row] for row in bucket.rows) if prefix is not None]
-        if usual and not own and worth_it(q, bucket.width) and q.shape[:3].numel() > TINY:
+        before = own[0][0].shape[0] if own else 0
+        if usual and worth_it(q, before + bucket.width) and q.shape[:3].numel() > TINY:
+            if own:
+                k, v = (torch.cat([_stacked(own, i).to(x.dtype), x], 1) for i, x in enumerate((k, v)))
             y_STHK = short_attention(q, k, v, scale, sliding_window)
         else:
             mask = _mask(bucket.width, own, causal, sliding_window, q.device)
@@ -82,8 +85,8 @@ def _attention(
     """Attention of equally long sequences behind their prefixes, [S, T, H, K]. A mask of True is torch's causal one."""
     q_SHTK, k_SGTK, v_SGTK = (x.transpose(1, 2) for x in (q_STHK, k_STGK, v_STGK))
     if prefixes:
-        k_SGTK = torch.cat([_stacked(prefixes, 0).to(k_SGTK.dtype), k_SGTK], dim=2)
-        v_SGTK = torch.cat([_stacked(prefixes, 1).to(v_SGTK.dtype), v_SGTK], dim=2)
+        k_SGTK = torch.cat([_stacked(prefixes, 0).transpose(1, 2).to(k_SGTK.dtype), k_SGTK], dim=2)
+        v_SGTK = torch.cat([_stacked(prefixes, 1).transpose(1, 2).to(v_SGTK.dtype), v_SGTK], dim=2)
     repeats = q_SHTK.shape[1] // k_SGTK.shape[1]
     grouped = q_SHTK.device.type == "cpu" or q_SHTK.dtype in varlen.HALVES  # the kernels that repeat no key
     if mask is True and grouped and softcap is None and s_aux is None:
@@ -128,8 +131,8 @@ def _unusual(
 
 
 def _stacked(prefixes: Sequence[tuple[Tensor, Tensor]], part: int) -> Tensor:
-    """Keys (0) or values (1) of the prefixes: [rows, kv heads, P, head dim]."""
-    return torch.stack([prefix[part] for prefix in prefixes]).transpose(1, 2)
+    """Keys (0) or values (1) of the prefixes: [rows, P, kv heads, head dim]."""
+    return torch.stack([prefix[part] for prefix in prefixes])
 
 
 def _mask(

@@ -2,8 +2,8 @@
 
 In: queries, keys and values in buckets of padded sequences. Out: attention outputs. torch's flash kernel takes about
 twice the time here, because its products of few rows are small. Scores and softmax are in float32; the probabilities
-are made again in backward. Refuses to know prefixes, adapters and models.
-S sequences, T padded width, H heads, G key heads, R = H / G, K head dim.
+are made again in backward. Refuses to know adapters and models.
+S sequences, T padded width, P keys before them that all see, H heads, G key heads, R = H / G, K head dim.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,35 +28,38 @@ def worth_it(q: Tensor, width: int) -> bool:
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and width <= LONGEST
 
 
-def short_attention(q_STHK: Tensor, k_STGK: Tensor, v_STGK: Tensor, scale: float, window: int | None = None) -> Tensor:
-    """`softmax(q kᵀ · scale) v`, causal, [S, T, H, K]; a token sees at most `window` keys, its own included."""
-    result: Tensor = cast(Any, _ShortAttention).apply(q_STHK, k_STGK, v_STGK, scale, window)
+def short_attention(q_STHK: Tensor, k_SPGK: Tensor, v_SPGK: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """`softmax(q kᵀ · scale) v`, causal, [S, T, H, K]. Keys and values are P + T; a token sees the first P, and at most
+    `window` of the others, its own included.
+    """
+    result: Tensor = cast(Any, _ShortAttention).apply(q_STHK, k_SPGK, v_SPGK, scale, window)
     return result
 
 
 class _ShortAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_STHK: Tensor, k_STGK: Tensor, v_STGK: Tensor, scale: float, window: int | None) -> Tensor:
-        q, k, v = (_by_group(x, k_STGK.shape[2]) for x in (q_STHK, k_STGK, v_STGK))
+    def forward(ctx: Any, q_STHK: Tensor, k_SPGK: Tensor, v_SPGK: Tensor, scale: float, window: int | None) -> Tensor:
+        q, k, v = (_by_group(x, k_SPGK.shape[2]) for x in (q_STHK, k_SPGK, v_SPGK))
+        settings = scale, window, k_SPGK.shape[1] - q_STHK.shape[1]
         y = q.new_empty(*q.shape[:2], v.shape[2])
         for span in _spans(q, k):
-            y[span] = torch.bmm(_weights(q[span], k[span], scale, window).to(v.dtype), v[span])
-        ctx.save_for_backward(q_STHK, k_STGK, v_STGK)
-        ctx.settings = scale, window
+            y[span] = torch.bmm(_weights(q[span], k[span], *settings).to(v.dtype), v[span])
+        ctx.save_for_backward(q_STHK, k_SPGK, v_SPGK)
+        ctx.settings = settings
         return _by_token(y, q_STHK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         tokens = ctx.saved_tensors
-        scale, window = ctx.settings
+        settings = ctx.settings
         q, k, v, dy = (_by_group(x, tokens[1].shape[2]) for x in (*tokens, grads[0]))
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for span in _spans(q, k):
-            p = _weights(q[span], k[span], scale, window)
+            p = _weights(q[span], k[span], *settings)
             dv[span] = torch.bmm(p.to(v.dtype).mT, dy[span])
             ds = torch.bmm(dy[span], v[span].mT).to(p.dtype)
-            ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+            ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p).mul_(settings[0])
             low = ds.to(q.dtype)
             dq[span] = torch.bmm(low, k[span])
             dk[span] = torch.bmm(low.mT, q[span])
@@ -82,17 +86,19 @@ def _spans(q: Tensor, k: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, q.shape[0], step))
 
 
-def _weights(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
-    """The attention probabilities [S · G, R · T, T]."""
-    mask_QT = _mask(k.shape[1], q.shape[1] // k.shape[1], window)
+def _weights(q: Tensor, k: Tensor, scale: float, window: int | None, before: int) -> Tensor:
+    """The attention probabilities [S · G, R · T, P + T]."""
+    width = k.shape[1] - before
+    mask_QP = _mask(width, q.shape[1] // width, window, before)
     with torch.autocast(q.device.type, enabled=False):
-        return torch.softmax(torch.baddbmm(mask_QT[None], q.float(), k.float().mT, alpha=scale), -1)
+        return torch.softmax(torch.baddbmm(mask_QP[None], q.float(), k.float().mT, alpha=scale), -1)
 
 
 @functools.lru_cache(maxsize=32)
-def _mask(width: int, repeats: int, window: int | None) -> Tensor:
-    """0 where a query may look and −inf elsewhere, [R · T, T], float32."""
+def _mask(width: int, repeats: int, window: int | None, before: int) -> Tensor:
+    """0 where a query may look and −inf elsewhere, [R · T, P + T], float32."""
     seen_TT = torch.ones(width, width, dtype=torch.bool).tril()
     if window is not None and window < width:
         seen_TT = seen_TT.triu(1 - window)
-    return torch.zeros(width, width).masked_fill_(~seen_TT, -torch.inf).repeat(repeats, 1)
+    mask_TT = torch.zeros(width, width).masked_fill_(~seen_TT, -torch.inf)
+    return F.pad(mask_TT, (before, 0)).repeat(repeats, 1)
