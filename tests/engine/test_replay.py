@@ -13,7 +13,7 @@ import torch
 from lorica.data.example import Example
 from lorica.engine.engine import Engine, Item
 from lorica.engine.host import Host
-from lorica.engine.replay import GRAPHS, Body, Replays, held
+from lorica.engine.replay import BESIDE, GRAPHS, Body, Replays, held
 from lorica.engine.requests import Finished, StreamRequest
 from lorica.engine.stream import Stream
 from lorica.methods import make_method
@@ -197,6 +197,17 @@ def test_a_recording_in_use_makes_no_room_and_an_idle_one_does(monkeypatch: pyte
         for key in ("b", "c"):
             several(replays, key, doubled)
     assert recorded(replays) == {"b", "c"}
+
+
+def test_nothing_is_recorded_while_another_thread_works_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GRAPHS, "cpu", Tape)
+    replays = Replays(torch.device("cpu"))
+    with BESIDE:
+        several(replays, "key", doubled)
+        several(replays, "key", doubled)
+        assert not recorded(replays)
+    several(replays, "key", doubled)
+    assert recorded(replays) == {"key"} and replays.replayed == 3
 
 
 def test_a_pass_that_waits_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:

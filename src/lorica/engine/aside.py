@@ -22,6 +22,7 @@ from lorica.adapters.merging.combine import combine
 from lorica.core.storage import replacing_folder, storage
 from lorica.engine import commands
 from lorica.engine.core import failure
+from lorica.engine.replay import BESIDE
 from lorica.engine.runs import described
 from lorica.engine.settings import EngineSettings
 from lorica.models.backbone import Backbone
@@ -48,7 +49,8 @@ class Aside:
         while True:
             command = self._inbox.get()
             try:
-                reply = self.reply(command)
+                with BESIDE:
+                    reply = self.reply(command)
             except Exception as error:  # whatever a command raises ends that command alone
                 reply = failure(command.id, error)
             self._send(reply)

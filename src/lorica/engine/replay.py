@@ -7,6 +7,7 @@ waiting for the device; whatever does not fit runs as it is. Refuses to know mod
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -25,6 +26,11 @@ LATELY = 4
 """A recording is in use while it is replayed once in so many runs for each recording that there may be."""
 TRIES = 3
 """Runs in which a pass may show that it does not wait; what is made once for a key waits in its first."""
+
+BESIDE = threading.Lock()
+"""Held by a thread that works on the device beside the passes. Nothing is recorded meanwhile: what it asks of the device
+would break a recording, or fail.
+"""
 
 Inputs = Mapping[str, Tensor]
 Body = Callable[[Inputs], list[Tensor]]
@@ -175,8 +181,11 @@ class Replays:
         if found.waits is not False:
             outputs, found.waits = GRAPHS[self.device.type].watched(partial(body, inputs))
             return outputs
-        if found.recording is None and self._has_room():
-            found.recording = self._record(inputs, body)
+        if found.recording is None and self._has_room() and BESIDE.acquire(blocking=False):
+            try:
+                found.recording = self._record(inputs, body)
+            finally:
+                BESIDE.release()
         if found.recording is None:
             return body(inputs)
         self.replayed += 1
