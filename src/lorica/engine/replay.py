@@ -28,8 +28,8 @@ TRIES = 3
 """Runs in which a pass may show that it does not wait; what is made once for a key waits in its first."""
 
 BESIDE = threading.Lock()
-"""Held by a thread that works on the device beside the passes. Nothing is recorded meanwhile: what it asks of the device
-would break a recording, or fail.
+"""Held by a thread that works on the device beside the passes. Nothing is recorded meanwhile: what it asks of the
+device would break a recording, or fail.
 """
 
 Inputs = Mapping[str, Tensor]
