@@ -38,13 +38,6 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return (0.05 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def same(theirs: Tensor, ours: Tensor) -> bool:
-    """Bit for bit; a CPU that computes in float16 rounds once more there."""
-    if ours.dtype == torch.float16:
-        return torch.allclose(theirs, ours, rtol=2**-10, atol=0)
-    return torch.equal(theirs, ours)
-
-
 def test_both_tables_are_theirs_bit_for_bit(theirs: Any) -> None:
     assert torch.equal(normal_float(4), theirs.functional.get_4bit_type("nf4", device="cpu"))
     assert torch.equal(dynamic_8bit(), theirs.functional.create_dynamic_map())
@@ -62,7 +55,7 @@ def test_codes_scales_and_values_are_theirs(
     assert torch.equal(packed.parts["codes"], codes)
     assert torch.equal(packed.parts["absmax"], state.absmax)
     if shape[1] % block == 0 or shape[1] % 2:
-        assert same(theirs.functional.dequantize_4bit(codes, state), packed.dense(dtype))
+        assert torch.equal(packed.dense(dtype), theirs.functional.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (300, 257), (1024, 768)], ids=str)
@@ -101,7 +94,7 @@ def test_their_kernel_reads_our_memory_to_the_same_bits(
     shape: tuple[int, int], double: bool, dtype: torch.dtype
 ) -> None:
     packed = quantize(normal(*shape, dtype=dtype), "nf4", double=double)
-    assert same(bnb.dequantize(packed, dtype), packed.dense(dtype))
+    assert torch.equal(bnb.dequantize(packed, dtype), packed.dense(dtype))
 
 
 def test_rows_that_are_no_whole_blocks_are_what_their_own_call_gets_wrong(theirs: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorica.adapters.layout import GLOBAL, Layout
+from lorica.adapters.layout import GLOBAL, Layout, Place
 from lorica.core.errors import FormatError
 from lorica.core.shared import Shared, share
 from lorica.core.update import Update
@@ -184,29 +184,29 @@ class Adapter:
 
     def collect_grad(self) -> Tensor:
         """The gradient row, after copying in gradients that a foreign optimiser detached from it (`zero_grad`)."""
-        for site, owned in self._leaves.items():
-            for param, leaf in owned.items():
-                place = self.layout.places.get(site, {}).get(param)
-                if place is None:
-                    continue
-                home = self.grad[place.offset : place.offset + place.size].view(place.shape)
-                if leaf.grad is None:
-                    home.zero_()
-                elif leaf.grad.data_ptr() != home.data_ptr():
-                    home.copy_(leaf.grad)
-                leaf.grad = home
+        for leaf, place in self._trained():
+            home = self.grad[place.offset : place.offset + place.size].view(place.shape)
+            if leaf.grad is None:
+                home.zero_()
+            elif leaf.grad.data_ptr() != home.data_ptr():
+                home.copy_(leaf.grad)
+            leaf.grad = home
         return self.grad
 
     @property
     def gathers(self) -> bool:
         """Whether every leaf's gradient is its part of the gradient row: a foreign optimiser may have detached it."""
+        start, size = self.grad.data_ptr(), self.grad.itemsize
+        return all(
+            leaf.grad is not None and leaf.grad.data_ptr() == start + size * place.offset
+            for leaf, place in self._trained()
+        )
+
+    def _trained(self) -> Iterator[tuple[Tensor, Place]]:
+        """The leaves that are trained, each with its place in the rows."""
         for site, owned in self._leaves.items():
             places = self.layout.places.get(site, {})
-            for param in places.keys() & owned.keys():
-                grad = owned[param].grad
-                if grad is None or grad.data_ptr() != self.grad.data_ptr() + self.grad.itemsize * places[param].offset:
-                    return False
-        return True
+            yield from ((leaf, places[param]) for param, leaf in owned.items() if param in places)
 
     def zero_grad(self) -> None:
         """Zero the gradient row in place."""

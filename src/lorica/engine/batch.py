@@ -198,7 +198,6 @@ class Batch:
         cache = self.cache
         with self.host.rows(self._stacks), standing_in(self._step.forwards):
             self.host.begin()
-            cache.fresh()
             hidden_RD = feed(self.trunk, cache, inputs["ids"], cache.positions(), self._step.walk)[:, 0]
             return [head(self.trunk, hidden_RD)]
 

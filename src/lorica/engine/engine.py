@@ -22,7 +22,7 @@ from lorica.data.packing import Packed, end_to_end
 from lorica.engine.checks import check_positions, check_tokens
 from lorica.engine.fast import fast_modules, frozen_maps
 from lorica.engine.host import Host, RowSpec
-from lorica.engine.loss_groups import Group, groups_of, sums
+from lorica.engine.loss_groups import LossGroup, loss_groups, sums
 from lorica.engine.repeats import pass_key
 from lorica.engine.replay import Inputs, Replays
 from lorica.engine.route import Numbers, Stack, numbered
@@ -148,7 +148,7 @@ class Engine:
         packed = end_to_end([datum.tokens for datum in data])
         rows, numbers = [call.stacks[i] for i in chunk], [call.numbers[i] for i in chunk]
         lengths: list[int] = packed.lengths.tolist()
-        groups = groups_of([call.losses[i] for i in chunk], data)
+        groups = loss_groups([call.losses[i] for i in chunk], data)
 
         def run(inputs: Inputs) -> list[Tensor]:
             with (
@@ -173,7 +173,7 @@ class Engine:
         edges = np.cumsum([len(datum.targets) for datum in data])[:-1]
         return [Result(loss, own) for loss, own in zip(sums(groups, terms), np.split(flat_M, edges), strict=True)]
 
-    def _given(self, packed: Packed, data: Sequence[Datum], groups: Sequence[Group]) -> dict[str, Tensor]:
+    def _given(self, packed: Packed, data: Sequence[Datum], groups: Sequence[LossGroup]) -> dict[str, Tensor]:
         """All numbers that a pass reads besides adapters and weights, on the device."""
         tensor = self.trunk.tensor
         given = {"tokens": tensor(packed.tokens), "positions": tensor(packed.positions)}

@@ -212,11 +212,6 @@ class KVCache:
             places, capacity = self.budget.grant(lane, (places, wanted), (len(lane.rows), most))
         lane.arrange(places, capacity, span - 1)
 
-    def fresh(self) -> None:
-        """A pass makes its masks itself."""
-        for lane in self.lanes.values():
-            lane.forget_masks()
-
     def positions(self) -> Tensor:
         """The position [rows, 1] of the token that the present step feeds."""
         positions_R = torch.zeros(len(self._order), dtype=torch.long, device=self.device)

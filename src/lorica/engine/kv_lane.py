@@ -210,10 +210,6 @@ class Lane:
     def advance(self, tokens: int = 1) -> None:
         """Go on by so many slots, which the pass to come writes; they must be there."""
         self._go(self.slot + tokens)
-        self.forget_masks()
-
-    def forget_masks(self) -> None:
-        """The next pass makes its own."""
         self._masks.clear()
 
     def attend(
@@ -276,33 +272,24 @@ class Lane:
         key = (groups, tokens, window, dtype, gaps)
         if key not in self._masks:
             steady = self.steady and tokens == 1
-            hidden_RTS = self._hidden_now(gaps, window) if steady else self._hidden(gaps, tokens, window)
+            hidden_RTS = self._hidden(gaps, tokens, window, steady=steady)
             mask_RTS = torch.zeros(hidden_RTS.shape, dtype=dtype, device=self.device)
             mask_RTS.masked_fill_(hidden_RTS, -torch.inf)
             some = steady or bool(hidden_RTS.any())
             self._masks[key] = mask_RTS.repeat_interleave(groups, dim=0) if some else None
         return self._masks[key]
 
-    def _hidden_now(self, gaps: tuple[int, ...], window: int | None) -> Tensor:
-        """Of every slot there is, for one newest token, [R, 1, S]."""
-        starts_R11, slots_S = self._starts()[:, None, None], torch.arange(self.capacity, device=self.device)
-        firsts_R11 = starts_R11 + self._known(gaps, gaps)[:, None, None]
-        hidden_R1S = (slots_S < firsts_R11) | (slots_S > self._slot_1)
-        if window is not None:
-            prefixes_R11 = self._known("prefixes", [row.prefix for row in self.rows])[:, None, None]
-            old_R1S = (slots_S >= starts_R11 + prefixes_R11) & (slots_S <= self._slot_1 - window)
-            hidden_R1S = hidden_R1S | old_R1S
-        return hidden_R1S
-
-    def _hidden(self, gaps: tuple[int, ...], tokens: int, window: int | None) -> Tensor:
-        starts_R11 = self._starts()[:, None, None]
-        slots_S = torch.arange(self.slot + 1, device=self.device)
+    def _hidden(self, gaps: tuple[int, ...], tokens: int, window: int | None, *, steady: bool) -> Tensor:
+        """Which keys a row's newest tokens may not see, [rows, tokens, slots]."""
+        stop = self.capacity if steady else self.slot + 1
+        starts_R11, slots_S = self._starts()[:, None, None], torch.arange(stop, device=self.device)
         firsts_R11 = starts_R11 + self._known(gaps, gaps)[:, None, None] if any(gaps) else starts_R11
         hidden_RTS = (slots_S < firsts_R11).expand(-1, tokens, -1)
-        own_T1 = torch.arange(self.slot + 1 - tokens, self.slot + 1, device=self.device)[:, None]
-        if tokens > 1:
+        own_T = self._slot_1 if steady else torch.arange(stop - tokens, stop, device=self.device)
+        own_T1 = own_T[:, None]
+        if tokens > 1 or steady:
             hidden_RTS = hidden_RTS | (slots_S > own_T1)
-        if window is not None and window <= self.slot:
+        if window is not None and (steady or window <= self.slot):
             # prefixes are always seen, as in a packed pass
             prefixes_R11 = self._known("prefixes", [row.prefix for row in self.rows])[:, None, None]
             old_RTS = (slots_S >= starts_R11 + prefixes_R11) & (slots_S <= own_T1 - window)

@@ -18,7 +18,7 @@ from lorica.training.losses import Loss
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class LossGroup:
     """Sequences of one loss, by their places in a pass: the loss's inputs end to end, and how many targets each has."""
 
     loss: Loss
@@ -37,7 +37,7 @@ class Group:
         return self.loss.terms(lp_M, own, self.lengths)
 
 
-def groups_of(losses: Sequence[Loss], data: Sequence[Datum]) -> list[Group]:
+def loss_groups(losses: Sequence[Loss], data: Sequence[Datum]) -> list[LossGroup]:
     """For each different loss, which sequences have it, and its inputs."""
     places: dict[Loss, list[int]] = {}
     for place, loss in enumerate(losses):
@@ -45,7 +45,7 @@ def groups_of(losses: Sequence[Loss], data: Sequence[Datum]) -> list[Group]:
     return [_group(loss, own, data) for loss, own in places.items()]
 
 
-def _group(loss: Loss, places: list[int], data: Sequence[Datum]) -> Group:
+def _group(loss: Loss, places: list[int], data: Sequence[Datum]) -> LossGroup:
     inputs = {}
     for name in (*loss.inputs, *loss.optional):
         default = loss.optional.get(name, 0.0)
@@ -55,10 +55,10 @@ def _group(loss: Loss, places: list[int], data: Sequence[Datum]) -> Group:
             for i, own in zip(places, values, strict=True)
         ]
         inputs[name] = np.concatenate(filled)
-    return Group(loss, places, inputs, [len(data[i].targets) for i in places])
+    return LossGroup(loss, places, inputs, [len(data[i].targets) for i in places])
 
 
-def sums(groups: Sequence[Group], terms: Sequence[Tensor]) -> list[float]:
+def sums(groups: Sequence[LossGroup], terms: Sequence[Tensor]) -> list[float]:
     """The loss of each sequence: the sum of its terms."""
     found: dict[int, float] = {}
     for group, terms_M in zip(groups, terms, strict=True):
