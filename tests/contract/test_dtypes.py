@@ -47,7 +47,8 @@ def _rounded(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @every_kind
 def test_autocast_gives_what_the_base_gives_it_and_float32_gradients(case: Case) -> None:
-    every = {"num_experts_per_tok": 4} if case.family == "qwen3-moe" else {}  # rounding may choose other experts
+    # on a GPU, rounding chose other experts
+    every = {"num_experts_per_tok": 4} if case.family == "qwen3-moe" and DEVICE.type != "cpu" else {}
     host = attached(case, dtype=torch.float32, **every)
     given = inputs(host)
     plain = gradient(host, "a", given)
