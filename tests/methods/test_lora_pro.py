@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorica.adapters.adapter import Adapter
 from lorica.core.errors import ConfigError
-from lorica.core.tangent import Choice, Tangent, inverse, tangents
+from lorica.core.tangent import Choice, Tangent, inverse, tangent
 from lorica.engine.host import Host
 from lorica.methods.lora import LoRA
 from lorica.methods.lora_pro import LoRAPro
@@ -30,7 +30,7 @@ A, B, G = matrix(3, 7, seed=1), matrix(5, 3, seed=2), matrix(5, 7, seed=3)
 def solved(
     A: Tensor, B: Tensor, G: Tensor, *, s: float = 2.0, choice: Choice = "sylvester", damping: float = 0.0
 ) -> tuple[Tangent, Tensor, Tensor]:
-    (at,) = tangents([(A, B, s)], damping)
+    at = tangent(A, B, s, damping)
     return at, *at.solve(s * B.T @ G, s * G @ A.T, choice)
 
 
@@ -71,7 +71,7 @@ def test_the_golden_rationals_of_the_specification() -> None:
 def test_the_golden_free_matrix() -> None:
     A0, B0 = fractions([[1, 0, 1, 0], [0, 1, 0, 1]]), fractions([[1, 0], [0, 1], [1, 1]])
     G0 = torch.arange(12, dtype=torch.float64).view(3, 4)
-    (at,) = tangents([(A0, B0, 2.0)], 0.0)
+    at = tangent(A0, B0, 2.0, 0.0)
     D = torch.linalg.inv(B0.T @ B0) @ (2 * B0.T @ G0) @ A0.T / 4
     X = at._free(D, torch.linalg.inv(A0 @ A0.T), "sylvester")
     same(X, fractions([["-2/15", "-4/15"], ["-22/15", "-8/5"]]))
@@ -136,8 +136,8 @@ def test_the_free_matrix_solves_its_equation_and_keeps_h_nearest_to_g() -> None:
 def test_the_symmetric_choice_splits_the_shared_part_evenly() -> None:
     at, hA, hB = solved(A, B, G, choice="symmetric")
     P_B, P_A = projectors(A, B)
-    same(at.s * B @ hA, P_B @ G @ (torch.eye(7).double() - P_A / 2))
-    same(at.s * hB @ A, (torch.eye(5).double() - P_B / 2) @ G @ P_A)
+    same(at.s_S11 * B @ hA, P_B @ G @ (torch.eye(7).double() - P_A / 2))
+    same(at.s_S11 * hB @ A, (torch.eye(5).double() - P_B / 2) @ G @ P_A)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -177,7 +177,7 @@ def test_a_direction_that_b_lacks_is_left_alone_though_the_gradient_is_rounded()
     B0 = matrix(64, 3, seed=5).float()
     B0[:, 2] = B0[:, 1] - B0[:, 0]  # rank 2, up to rounding
     A0, G0 = matrix(3, 32, seed=6).float(), matrix(64, 32, seed=7).float()
-    (at,) = tangents([(A0, B0, 2.0)], 1e-8)
+    at = tangent(A0, B0, 2.0, 1e-8)
     hA, hB = at.solve(2 * B0.T @ G0, 2 * G0 @ A0.T, "sylvester")
     assert float(hA.norm()) < 10 * float(G0.norm())
     wide = [t.double() for t in (A0, B0, G0)]

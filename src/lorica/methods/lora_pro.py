@@ -6,15 +6,15 @@ of `sBA` is the projection of a full step. The full gradient is never needed. Re
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from lorica.core.errors import ConfigError
-from lorica.core.tangent import Choice, Tangent, tangents
+from lorica.core.tangent import Choice, Tangent, tangent
 from lorica.methods.base import Paper, SiteStep, Step
 from lorica.methods.lora import LoRA
 
@@ -76,74 +76,72 @@ class LoRAPro(LoRA):
 
     def before_step(self, step: Step) -> None:
         full = self.optimizer == "adamw" and self.state == "full"
-        overshoots, ats = [], _tangents(list(step.sites.values()), self.damping)
-        # one for all: fresh pages for each block would take longer than its arithmetic
-        room = ats[0].A_RI.new_empty(2, max(_rows(at) * at.A_RI.shape[1] for at in ats) if full else 0)
-        for (name, own), at in zip(step.sites.items(), ats, strict=True):
-            gA_RI, gB_OR = own.grads["A"].flatten(1).to(at.A_RI), own.grads["B"].to(at.B_OR)
+        overshoots = []
+        for names in _alike(step.sites):
+            sites = [step.sites[name] for name in names]
+            at = _tangent(sites, self.damping)
+            gA_SRI = torch.stack([own.grads["A"].flatten(1) for own in sites]).to(at.A_SRI)
+            gB_SOR = torch.stack([own.grads["B"] for own in sites]).to(at.B_SOR)
             if full:
-                gA_RI, gB_OR = _through_adam(step, name, at, *at.solve(gA_RI, gB_OR, "zero"), room)
-            hA_RI, hB_OR = at.solve(gA_RI, gB_OR, self.x_choice)
-            overshoots.append(step.lr * at.overshoot(gA_RI, gB_OR, hA_RI, hB_OR))
-            own.grads["A"].copy_(hA_RI.view_as(own.grads["A"]))
-            own.grads["B"].copy_(hB_OR)
-        step.state["overshoot"] = torch.stack(overshoots).max()
+                gA_SRI, gB_SOR = _through_adam(step, names, at, *at.solve(gA_SRI, gB_SOR, "zero"))
+            hA_SRI, hB_SOR = at.solve(gA_SRI, gB_SOR, self.x_choice)
+            overshoots.append(step.lr * at.overshoot(gA_SRI, gB_SOR, hA_SRI, hB_SOR))
+            for own, hA_RI, hB_OR in zip(sites, hA_SRI, hB_SOR, strict=True):
+                own.grads["A"].copy_(hA_RI.view_as(own.grads["A"]))
+                own.grads["B"].copy_(hB_OR)
+        step.state["overshoot"] = torch.cat(overshoots).max()
 
 
-def _tangents(sites: list[SiteStep], damping: float) -> list[Tangent]:
-    """The closed form at every site, with the scaling that its own rank and alpha give."""
-    methods = [own.method for own in sites if isinstance(own.method, LoRAPro)]
-    factors = [(own.values["A"], own.values["B"], m.scaling()) for own, m in zip(sites, methods, strict=True)]
-    return tangents(factors, damping)
+def _alike(sites: Mapping[str, SiteStep]) -> list[list[str]]:
+    """The sites whose factors have the same shapes: their many small products are a few larger ones."""
+    found: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, own in sites.items():
+        found.setdefault((own.values["A"].shape, own.values["B"].shape), []).append(name)
+    return list(found.values())
 
 
-def _rows(at: Tangent) -> int:
-    """How many rows of a weight's shape go through Adam at a time."""
-    rows, columns = len(at.B_OR), at.A_RI.shape[1]
-    return min(rows, max(1, BLOCK // columns)) if at.A_RI.device.type == "cpu" else rows
+def _tangent(sites: list[SiteStep], damping: float) -> Tangent:
+    """The closed form at sites of one shape, with the scaling that each one's rank and alpha give."""
+    scalings = [own.method.scaling() for own in sites if isinstance(own.method, LoRAPro)]
+    A_SRI = torch.stack([own.values["A"].flatten(1) for own in sites])
+    return tangent(A_SRI, torch.stack([own.values["B"] for own in sites]), scalings, damping)
 
 
-def _through_adam(
-    step: Step, site: str, at: Tangent, hA_RI: Tensor, hB_OR: Tensor, room: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`sBᵀD` and `sDAᵀ` of Adam's direction D [out, in] for g̃, by blocks of rows that stay in the cache. `room` has two
-    rows as long as a block.
+def _through_adam(step: Step, names: list[str], at: Tangent, hA_SRI: Tensor, hB_SOR: Tensor) -> tuple[Tensor, Tensor]:
+    """`sBᵀD` and `sDAᵀ` of Adam's direction D [out, in] for g̃ at each site, whose moments move on; by blocks of rows
+    that stay in the cache.
     """
-    shape = len(at.B_OR), at.A_RI.shape[1]
-    names = f"{site}/exp_avg", f"{site}/exp_avg_sq"
-    for name in names:
-        if name not in step.state:
-            step.state[name] = at.A_RI.new_zeros(shape)
-    moments = [step.state[name] for name in names]
-    left_OK, right_KI = at.sides(hA_RI, hB_OR)
-    gA_RI, gB_RO = torch.zeros_like(at.A_RI), at.B_OR.new_empty(at.B_OR.T.shape)
-    rows = _rows(at)
-    blocks = room[:, : rows * shape[1]].view(2, rows, shape[1])
-    for start in range(0, shape[0], rows):
-        own = slice(start, start + rows)
-        g_OI, adam_OI = blocks[:, : len(left_OK[own])]
-        _adam(step, torch.mm(left_OK[own], right_KI, out=g_OI), adam_OI.zero_(), *(moment[own] for moment in moments))
-        gA_RI.addmm_(at.B_OR[own].T, adam_OI)
-        gB_RO[:, own] = at.A_RI @ adam_OI.T  # kernels are slow where the narrow side comes second
-    return gA_RI.mul_(at.s), gB_RO.T * at.s
+    left_SOK, right_SKI = at.sides(hA_SRI, hB_SOR)
+    B_SRO = at.B_SOR.mT.contiguous()
+    gA_SRI, gB_SRO = torch.zeros_like(at.A_SRI), torch.empty_like(B_SRO)
+    height, width = at.B_SOR.shape[1], at.A_SRI.shape[2]
+    rows = min(height, max(1, BLOCK // width)) if at.A_SRI.device.type == "cpu" else height
+    # one for all: fresh pages for each block would take longer than its arithmetic
+    blocks = at.A_SRI.new_empty(2, rows, width)
+    count = torch.tensor(step.done + 1.0, device=at.A_SRI.device)
+    for i, name in enumerate(names):
+        moments = [_moment(step, f"{name}/{kind}", at, (height, width)) for kind in ("exp_avg", "exp_avg_sq")]
+        for start in range(0, height, rows):
+            own = slice(start, start + rows)
+            g_OI, adam_OI = blocks[:, : len(left_SOK[i, own])]
+            torch.mm(left_SOK[i, own], right_SKI[i], out=g_OI)
+            _adam(step, count, g_OI, adam_OI.zero_(), *(moment[own] for moment in moments))
+            gA_SRI[i].addmm_(B_SRO[i, :, own], adam_OI)
+            gB_SRO[i, :, own] = at.A_SRI[i] @ adam_OI.T  # kernels are slow where the narrow side comes second
+    return gA_SRI.mul_(at.s_S11), gB_SRO.mT * at.s_S11
 
 
-def _adam(step: Step, g_OI: Tensor, direction_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> None:
-    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, whose moments move on: torch's own step from zero, at a rate of 1."""
-    done = torch.tensor(float(step.done), device=g_OI.device)
-    adamw(
-        [direction_OI],
-        [g_OI],
-        [first_OI],
-        [second_OI],
-        [],
-        [done],
-        fused=True,
-        amsgrad=False,
-        beta1=step.betas[0],
-        beta2=step.betas[1],
-        lr=1.0,
-        weight_decay=0.0,
-        eps=step.eps,
-        maximize=True,
-    )
+def _moment(step: Step, name: str, at: Tangent, shape: tuple[int, int]) -> Tensor:
+    if name not in step.state:
+        step.state[name] = at.A_SRI.new_zeros(shape)
+    return step.state[name]
+
+
+def _adam(step: Step, count: Tensor, g_OI: Tensor, direction_OI: Tensor, first_OI: Tensor, second_OI: Tensor) -> None:
+    """Adam's direction `m̂ / (√v̂ + ε)` for g̃, whose moments move on: a step of torch's kernel from zero, at a rate
+    of 1. What `torch.optim` does around the kernel would take as long as a block.
+    """
+    torch._fused_adamw_(
+        [direction_OI], [g_OI], [first_OI], [second_OI], [], [count], lr=1.0, beta1=step.betas[0], beta2=step.betas[1],
+        weight_decay=0.0, eps=step.eps, amsgrad=False, maximize=True,
+    )  # fmt: skip
