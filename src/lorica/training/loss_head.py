@@ -15,10 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
-"""About the memory that one chunk's logits take, with their probabilities. On a CPU larger chunks are slower, not
-faster, for an allocator takes such blocks from the system and gives them back each time; on a GPU, whose products must
-be of some hundred rows, smaller ones are.
-"""
+"""About the memory that one chunk's logits take: products of a GPU are fast from some hundred rows on."""
+BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+"""About the memory of the float32 in which probabilities are made, block by block: on a CPU, what its cache holds."""
 ROWS = (32, 512)
 """Least and most rows of a chunk: products of fewer are slow, and more do not make them faster."""
 
@@ -48,8 +47,8 @@ def linear_logprobs(
 
 
 def chunk_rows(vocabulary: int, element: int, device: str = "cpu") -> int:
-    """Rows whose logits, float32 log-probabilities and probabilities fit into `CHUNK_BYTES`."""
-    fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * (2 * element + 4))
+    """Rows whose logits fit into `CHUNK_BYTES`."""
+    fitting = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]) // (vocabulary * element)
     return max(ROWS[0], min(ROWS[1], fitting // 16 * 16))
 
 
@@ -61,23 +60,15 @@ class _LinearLogprobs(torch.autograd.Function):
         wide = torch.promote_types(hidden_ND.dtype, torch.float32)
         lp_N = torch.empty(hidden_ND.shape[0], dtype=wide, device=hidden_ND.device)
         slopes_ND = None if back is None else torch.empty_like(hidden_ND)
-        # two buffers for all chunks: fresh memory of this size costs more than what is computed in it
-        logp_buffer, p_buffer = torch.empty(0, dtype=wide), torch.empty(0, dtype=hidden_ND.dtype)
+        room_BV: Tensor | None = None
         for start in range(0, hidden_ND.shape[0], chunk):
             span = slice(start, start + chunk)
             logits_CV = forward(hidden_ND[span])
-            if not start:
-                logp_buffer, p_buffer = torch.empty_like(logits_CV, dtype=wide), torch.empty_like(logits_CV)
-            logp_CV = logp_buffer[: logits_CV.shape[0]].copy_(logits_CV)
-            torch.log_softmax(logp_CV, -1, out=logp_CV)
-            target_C1 = targets_N[span, None]
-            logp_C1 = logp_CV.gather(1, target_C1)
-            lp_N[span] = logp_C1[:, 0]
+            room_BV = _room(logits_CV, wide) if room_BV is None else room_BV
+            lp_N[span] = _probabilities(logits_CV, targets_N[span], room_BV, kept=back is not None)
             if back is not None and slopes_ND is not None:
-                p_CV = p_buffer[: logits_CV.shape[0]].copy_(logp_CV.exp_())
-                # p − 1 of the target apart: p itself may be rounded to 1
-                p_CV.scatter_(1, target_C1, logp_C1.expm1().to(p_CV.dtype))
-                slopes_ND[span] = back(p_CV)
+                slopes_ND[span] = back(logits_CV)
+            del logits_CV  # before there are the next
         if slopes_ND is not None:
             ctx.save_for_backward(slopes_ND)
         return lp_N
@@ -90,6 +81,32 @@ class _LinearLogprobs(torch.autograd.Function):
         dhidden_ND = torch.mul(slopes_ND, grad_N1, out=torch.empty_like(slopes_ND))
         # a token that does not count may be impossible, and its slope then no number
         return dhidden_ND.masked_fill_(grad_N1 == 0, 0.0), None, None, None, None
+
+
+def _room(logits_CV: Tensor, wide: torch.dtype) -> Tensor:
+    """Memory for a block of logits in a wider dtype; all blocks share it, for fresh memory of this size costs more than
+    what is computed in it.
+    """
+    kind = logits_CV.device.type
+    fitting = BLOCK_BYTES.get(kind, BLOCK_BYTES["cpu"]) // (logits_CV.shape[1] * wide.itemsize)
+    return logits_CV.new_empty(max(1, min(len(logits_CV), fitting)), logits_CV.shape[1], dtype=wide)
+
+
+def _probabilities(logits_CV: Tensor, targets_C: Tensor, room_BV: Tensor, *, kept: bool) -> Tensor:
+    """Log-probabilities [C] of the targets. If `kept`, the logits' place takes `p`, and `p − 1` at the target."""
+    found = []
+    for z_BV, targets_B1 in zip(logits_CV.split(len(room_BV)), targets_C[:, None].split(len(room_BV)), strict=True):
+        own = z_BV.dtype == room_BV.dtype
+        p_BV = z_BV if own else room_BV[: len(z_BV)].copy_(z_BV)
+        most_B1, lp_B1 = p_BV.amax(1, keepdim=True), p_BV.gather(1, targets_B1)
+        torch.softmax(p_BV, -1, out=p_BV)
+        # the likeliest token's p is 1/Σexp(z − max), so that one exponential of each logit gives all
+        found.append(lp_B1.sub_(most_B1).add_(p_BV.amax(1, keepdim=True).log_()))
+        if kept:
+            p_BV = p_BV if own else z_BV.copy_(p_BV)
+            # p − 1 of the target apart: p itself may be rounded to 1
+            p_BV.scatter_(1, targets_B1, lp_B1.expm1().to(p_BV.dtype))
+    return torch.cat(found)[:, 0]
 
 
 def chunked_logprobs(
