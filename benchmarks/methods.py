@@ -134,7 +134,7 @@ def main() -> None:
     """Run, and print."""
     command(
         __doc__, "methods", measure,
-        dtype="bfloat16", width=512, layers=8, rows=4, tokens=64, rank=0, methods="all", rounds=4,
+        dtype="bfloat16", width=1024, layers=8, rows=4, tokens=128, rank=0, methods="all", rounds=3,
     )  # fmt: skip
 
 

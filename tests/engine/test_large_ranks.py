@@ -54,7 +54,7 @@ def test_the_vector_stands_apart_from_a_frozen_b_of_a_large_rank_alone() -> None
         low = block.add(frozen(4, 64), frozen(4, 32), tensors, lambda k: k == 2 or (trained and k == 1))
         return bool(low.us)
 
-    least = 32 // WIDE + 1
+    least = 32 // WIDE
     assert apart(least)
     assert not apart(least - 1) and not apart(least, trained=True) and not apart(least, post=False)
 

@@ -23,7 +23,7 @@ from lorica.engine.replay import held
 KEEP = 8
 """Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most this part of what is saved."""
 WIDE = 4
-"""On a CPU, a rank beyond this part of its map's smaller side takes so much time that what spares a product is kept. On
+"""On a CPU, a rank from this part of its map's smaller side on takes so much time that what spares a product is kept. On
 a GPU, whose products are cheap beside its memory traffic, it is not.
 """
 
@@ -302,7 +302,7 @@ def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _is_wide(A_RI: Tensor, B_OR: Tensor) -> bool:
-    return A_RI.device.type == "cpu" and A_RI.shape[0] * WIDE > min(A_RI.shape[1], B_OR.shape[0])
+    return A_RI.device.type == "cpu" and A_RI.shape[0] * WIDE >= min(A_RI.shape[1], B_OR.shape[0])
 
 
 def _narrow(x: Tensor, axis: int, start: int, length: int) -> Tensor:
