@@ -176,7 +176,13 @@ def test_scores_are_made_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPat
 def test_buckets_hold_every_token_once_and_pad_little(lengths: list[int], pad: bool) -> None:
     made = plan(tuple(lengths), (0,) * len(lengths), pad, torch.device("cpu"))
     x = torch.arange(sum(lengths), dtype=torch.float64)[:, None, None]
-    assert torch.equal(made.join([b.gather(b.spread(x)) for b in made.buckets]), x)
+    pieces = made.spread(x)
+    assert torch.equal(made.join(pieces), x)
+    assert all(
+        set(row.tolist()) == set(range(sum(lengths[:i]), sum(lengths[: i + 1])))
+        for bucket, piece in zip(made.buckets, pieces, strict=True)
+        for i, row in zip(bucket.rows, piece[..., 0, 0], strict=True)
+    ), "what is padded is of the sequence itself"
     assert sorted(row for b in made.buckets for row in b.rows) == list(range(len(lengths)))
     for bucket in made.buckets:
         assert all(lengths[row] <= bucket.width <= max(16, 2 * lengths[row]) for row in bucket.rows)

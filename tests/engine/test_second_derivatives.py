@@ -45,11 +45,15 @@ def attention(x: Tensor) -> Tensor:
 
 
 def spread(x: Tensor) -> Tensor:
-    (bucket, *_) = plan((3, 4), (0, 0), True, x.device).buckets
-    return bucket.spread(x[:, None])
+    return plan((3, 4), (0, 0), True, x.device).spread(x[:, None])[0]
 
 
-NODES = [linear, made, norm, attention, spread]
+def joined(x: Tensor) -> Tensor:
+    found = plan((3, 4), (0, 0), True, x.device)
+    return found.join(found.spread(x[:, None]))
+
+
+NODES = [linear, made, norm, attention, spread, joined]
 
 
 @pytest.mark.parametrize("node", NODES)

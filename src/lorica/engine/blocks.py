@@ -23,8 +23,8 @@ from lorica.engine.replay import held
 KEEP = 8
 """Where x is saved anyway, `x Aᵀ` is kept beside it while a factor's share is at most this part of what is saved."""
 WIDE = 4
-"""On a CPU, a rank from this part of its map's smaller side on takes so much time that what spares a product is kept. On
-a GPU, whose products are cheap beside its memory traffic, it is not.
+"""On a CPU, a rank from this part of its map's smaller side on takes so much time that what spares a product is kept.
+On a GPU, whose products are cheap beside its memory traffic, it is not.
 """
 
 Needs = Callable[[int], bool]

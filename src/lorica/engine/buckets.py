@@ -1,7 +1,8 @@
 """Packed sequences as a few padded batches, and back: for attention, which is all that is ever padded.
 
-In: lengths of sequences that lie end to end. Out: buckets of nearly one length, with the way there and back. Refuses to
-know what is computed on them. N tokens, S sequences, T padded width, H heads, K head dim.
+In: lengths of sequences that lie end to end. Out: buckets of nearly one length, with the way there and back. What is
+padded is the sequence's own last token again, so it is finite where the sequence is, and a causal query before it never
+sees it. Refuses to know what is computed on them. N tokens, P padded ones, S sequences, T width, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import bisect
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,78 +19,88 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""Padded widths. Longer sequences share a batch with those of their own length alone."""
+"""Sequences between two of these share a batch. Longer ones do with those of their own length alone."""
+STEP = 16
+"""A batch is as wide as its longest sequence, rounded up to this."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Bucket:
-    """Sequences `rows` padded to one width: places `place_n` of the padded [S · T] are the tokens `token_n`.
-
-    `whole` says that these are all tokens of the batch in their order, which nothing has to be copied for.
-    """
+    """Sequences `rows`, padded to one width."""
 
     rows: tuple[int, ...]
     width: int
-    token_n: Tensor
-    place_n: Tensor
-    whole: bool
 
     @property
-    def full(self) -> bool:
-        """Whether no sequence is shorter than the width."""
-        return len(self.token_n) == self.width * len(self.rows)
-
-    def spread(self, x_NHK: Tensor) -> Tensor:
-        """[S, T, H, K], zero where there is no token. Differentiable."""
-        if self.whole:
-            return x_NHK.view(len(self.rows), self.width, *x_NHK.shape[1:])
-        result: Tensor = cast(Any, _Spread).apply(x_NHK, self)
-        return result
-
-    def gather(self, x_STHK: Tensor) -> Tensor:
-        """The bucket's tokens [n, H, K], in the order of `token_n`. Differentiable."""
-        flat = x_STHK.flatten(0, 1)
-        return flat if self.full else flat[self.place_n]
-
-
-class _Spread(torch.autograd.Function):
-    """Every token has one place, so the way back copies where autograd's own would add up."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NHK: Tensor, bucket: Bucket) -> Tensor:
-        ctx.bucket, ctx.shape = bucket, x_NHK.shape
-        own_nHK = x_NHK[bucket.token_n]
-        shape = (len(bucket.rows), bucket.width, *x_NHK.shape[1:])
-        if bucket.full:
-            return own_nHK.view(shape)
-        padded = x_NHK.new_zeros(shape)
-        padded.flatten(0, 1)[bucket.place_n] = own_nHK
-        return padded
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        bucket, dx_NHK = ctx.bucket, grads[0].new_zeros(ctx.shape)
-        dx_NHK[bucket.token_n] = bucket.gather(grads[0])
-        return dx_NHK, None
+    def places(self) -> int:
+        return len(self.rows) * self.width
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """The buckets of a batch, and the order that brings their tokens, one bucket after the other, back; None: as is."""
+    """The buckets of a batch, one after the other in padded places: `token_P` is what token each place holds, `place_N`
+    which place each token has. None where they are the batch as it lies in memory, for which nothing is copied.
+    """
 
     buckets: tuple[Bucket, ...]
-    order_N: Tensor | None
+    token_P: Tensor | None
+    place_N: Tensor | None
 
     @property
     def whole(self) -> bool:
         """Whether the batch is one bucket as it lies in memory."""
-        return len(self.buckets) == 1 and self.buckets[0].whole
+        return self.token_P is None and len(self.buckets) == 1
 
-    def join(self, pieces_nHK: list[Tensor]) -> Tensor:
-        """What every bucket gathered, in the batch's order, [N, H, K]."""
-        y_NHK = pieces_nHK[0] if len(pieces_nHK) == 1 else torch.cat(pieces_nHK)
-        return y_NHK if self.order_N is None else y_NHK[self.order_N]
+    def spread(self, x_NHK: Tensor) -> list[Tensor]:
+        """Each bucket's [S, T, H, K]. Differentiable; the gradient of what was padded is left out."""
+        made = self.split(x_NHK) if self.token_P is None else cast(Any, _Spread).apply(x_NHK, self)
+        return [
+            x.view(len(bucket.rows), bucket.width, *x.shape[1:]) for bucket, x in zip(self.buckets, made, strict=True)
+        ]
+
+    def join(self, pieces_STHK: Sequence[Tensor]) -> Tensor:
+        """The batch's tokens of what every bucket gave, [N, H, K]. Differentiable."""
+        flat = [piece.flatten(0, 1) for piece in pieces_STHK]
+        if self.token_P is None:
+            return flat[0] if len(flat) == 1 else torch.cat(flat)
+        result: Tensor = cast(Any, _Join).apply(self, *flat)
+        return result
+
+    def split(self, x_PHK: Tensor) -> tuple[Tensor, ...]:
+        """The places of each bucket."""
+        if len(self.buckets) == 1:
+            return (x_PHK,)
+        return cast("tuple[Tensor, ...]", x_PHK.split([bucket.places for bucket in self.buckets]))
+
+
+class _Spread(torch.autograd.Function):
+    """Every token has one place that counts, so the way back copies where autograd's own would add up."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NHK: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+        assert plan.token_P is not None
+        ctx.plan = plan
+        return plan.split(x_NHK.index_select(0, plan.token_P))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.cat(grads).index_select(0, ctx.plan.place_N), None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *pieces: Tensor) -> Tensor:
+        assert plan.place_N is not None
+        ctx.plan = plan
+        return torch.cat(pieces).index_select(0, plan.place_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan, (dy_NHK,) = ctx.plan, grads
+        dx_PHK = dy_NHK.new_zeros(len(plan.token_P), *dy_NHK.shape[1:])
+        return None, *plan.split(dx_PHK.index_copy_(0, plan.place_N, dy_NHK))
 
 
 @functools.lru_cache(maxsize=64)
@@ -97,21 +109,25 @@ def plan(lengths: tuple[int, ...], prefixes: tuple[int, ...], pad: bool, device:
     on `device`.
     """
     starts = list(itertools.accumulate(lengths, initial=0))
-    sizes = set(lengths)
     found: dict[tuple[int, int], list[int]] = {}
     for row, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
-        padded = pad and not prefix and len(sizes) > 1 and length <= WIDTHS[-1]
-        width = WIDTHS[bisect.bisect_left(WIDTHS, length)] if padded else length
-        found.setdefault((width, prefix), []).append(row)
-    made = tuple(_bucket(width, rows, starts, device) for (width, _), rows in found.items())
-    order_N = torch.cat([bucket.token_n for bucket in made]).argsort()
-    return Plan(made, None if torch.equal(order_N, torch.arange(len(order_N), device=device)) else order_N)
+        padded = pad and not prefix and length <= WIDTHS[-1]
+        kind = WIDTHS[bisect.bisect_left(WIDTHS, length)] if padded else length
+        found.setdefault((kind, prefix), []).append(row)
+    buckets = tuple(Bucket(tuple(rows), _width([lengths[row] for row in rows])) for rows in found.values())
+    token_P, place_N, first = [], torch.empty(starts[-1], dtype=torch.long), 0
+    for bucket in buckets:
+        for row in bucket.rows:
+            own = torch.arange(starts[row], starts[row + 1])
+            place_N[own] = torch.arange(first, first + len(own))
+            token_P.append(torch.cat([own, own[-1:].expand(bucket.width - len(own))]))
+            first += bucket.width
+    if torch.equal(torch.cat(token_P), torch.arange(starts[-1])):
+        return Plan(buckets, None, None)
+    return Plan(buckets, torch.cat(token_P).to(device), place_N.to(device))
 
 
-def _bucket(width: int, rows: list[int], starts: list[int], device: torch.device) -> Bucket:
-    token_n = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in rows])
-    place_n = torch.cat(
-        [torch.arange(i * width, i * width + starts[row + 1] - starts[row]) for i, row in enumerate(rows)]
-    )
-    whole = torch.equal(token_n, torch.arange(starts[-1])) and len(token_n) == width * len(rows)
-    return Bucket(tuple(rows), width, token_n.to(device), place_n.to(device), whole)
+def _width(lengths: list[int]) -> int:
+    """Of a bucket with these sequences."""
+    longest = max(lengths)
+    return longest if len(set(lengths)) == 1 else -(-longest // STEP) * STEP

@@ -56,8 +56,7 @@ def packed_attention(
     if usual and not any(extra) and not found.whole and varlen.worth_it(q_1HNK):
         return varlen.varlen_attention(q_NHK, k_NGK, v_NGK, tuple(lengths), scale, sliding_window)[None]
     pieces = []
-    for bucket in found.buckets:
-        q, k, v = (bucket.spread(x) for x in (q_NHK, k_NGK, v_NGK))
+    for bucket, q, k, v in zip(found.buckets, *(found.spread(x) for x in (q_NHK, k_NGK, v_NGK)), strict=True):
         own = [prefix for prefix in (prefixes[row] for row in bucket.rows) if prefix is not None]
         before = own[0][0].shape[0] if own else 0
         if usual and worth_it(q, before + bucket.width) and q.shape[:3].numel() > TINY:
@@ -67,7 +66,7 @@ def packed_attention(
         else:
             mask = _mask(bucket.width, own, causal, sliding_window, q.device)
             y_STHK = _attention(q, k, v, own, scale, mask, softcap, s_aux, dropout)
-        pieces.append(bucket.gather(y_STHK))
+        pieces.append(y_STHK)
     return found.join(pieces)[None]
 
 
