@@ -145,6 +145,30 @@ def chunked_logprobs(
 def _chunk(
     head: Callable[[Tensor, int], Tensor], start: int, hidden_CD: Tensor, rows_M: Tensor, targets_M: Tensor
 ) -> Tensor:
-    logits_CV = head(hidden_CD, start)
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return logits_CV[rows_M, targets_M] - logits_CV.logsumexp(-1)[rows_M]
+    result: Tensor = cast(Any, _TargetLogprobs).apply(head(hidden_CD, start), rows_M, targets_M)
+    return result
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """`z_r[t] − logsumexp_v(z_r)` of logits [C, V] that an adapter or a transformation made, which have to be left as
+    they are: p [C, V] is kept beside them, from which the way back is one product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, rows_M: Tensor, targets_M: Tensor) -> Tensor:
+        z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        p_CV = torch.softmax(z_CV, -1)
+        sums_C = z_CV.amax(-1).sub_(p_CV.amax(-1).log_())  # as in `_probabilities`
+        ctx.save_for_backward(p_CV, rows_M, targets_M)
+        ctx.dtype = logits_CV.dtype
+        return z_CV[rows_M, targets_M].sub_(sums_C[rows_M])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        p_CV, rows_M, targets_M = ctx.saved_tensors
+        grad_M = grads[0]
+        sums_C = grad_M.new_zeros(len(p_CV)).index_add_(0, rows_M, grad_M)
+        dz_CV = p_CV * -sums_C[:, None]
+        dz_CV.index_put_((rows_M, targets_M), grad_M, accumulate=True)
+        return dz_CV.to(ctx.dtype), None, None
