@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """About the memory that one chunk's logits take: products of a GPU are fast from some hundred rows on."""
-BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+BLOCK_BYTES = {"cpu": 2**21, "cuda": 2**27}
 """About the memory of the float32 in which probabilities are made, block by block: on a CPU, what its cache holds."""
 ROWS = (32, 512)
 """Least and most rows of a chunk: products of fewer are slow, and more do not make them faster."""
