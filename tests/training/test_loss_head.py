@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorica.training.loss_head import chunk_rows, chunked_logprobs, linear_logprobs
+from lorica.training.loss_head import _room, chunk_rows, chunked_logprobs, linear_logprobs
 from lorica.training.losses import CROSS_ENTROPY
 
 N, D, V = 13, 6, 31
@@ -136,6 +136,8 @@ def test_a_chunk_of_a_large_vocabulary_stays_small() -> None:
         rows = chunk_rows(vocabulary, 2)
         assert 32 <= rows <= 512
         assert rows == 32 or rows * vocabulary * 2 <= 2**25
+        room = _room(torch.empty(rows, vocabulary, dtype=torch.bfloat16), torch.float32)
+        assert room.nbytes <= 2**21, "all else that a chunk takes"
 
 
 @pytest.mark.parametrize("frozen", [True, False])

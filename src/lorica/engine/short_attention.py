@@ -26,7 +26,7 @@ BLOCK, BLOCKS = 64, 4
 
 
 def worth_it(q: Tensor, width: int) -> bool:
-    """Whether this is the faster kernel (measured by `python -m benchmarks.train`)."""
+    """Whether this is the faster kernel (measured by `python -m benchmarks.train` and `.packing`)."""
     return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and width <= LONGEST
 
 

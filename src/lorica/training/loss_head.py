@@ -100,13 +100,20 @@ def _probabilities(logits_CV: Tensor, targets_C: Tensor, room_BV: Tensor, *, kep
         p_BV = z_BV if own else room_BV[: len(z_BV)].copy_(z_BV)
         most_B1, lp_B1 = p_BV.amax(1, keepdim=True), p_BV.gather(1, targets_B1)
         torch.softmax(p_BV, -1, out=p_BV)
-        # the likeliest token's p is 1/Σexp(z − max), so that one exponential of each logit gives all
-        found.append(lp_B1.sub_(most_B1).add_(p_BV.amax(1, keepdim=True).log_()))
+        lp_B1 = _logp(lp_B1, most_B1, p_BV.amax(1, keepdim=True))
+        found.append(lp_B1)
         if kept:
             p_BV = p_BV if own else z_BV.copy_(p_BV)
             # p − 1 of the target apart: p itself may be rounded to 1
             p_BV.scatter_(1, targets_B1, lp_B1.expm1().to(p_BV.dtype))
     return torch.cat(found)[:, 0]
+
+
+def _logp(z: Tensor, most: Tensor, likeliest: Tensor) -> Tensor:
+    """A target's log-probability from its logit, the largest logit and that one's probability: as this is
+    `1 / Σ exp(z − max)`, one exponential of each logit gives p and log p. `z` and `likeliest` are written over.
+    """
+    return z.sub_(most).add_(likeliest.log_())
 
 
 def chunked_logprobs(
@@ -158,10 +165,9 @@ class _TargetLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits_CV: Tensor, rows_M: Tensor, targets_M: Tensor) -> Tensor:
         z_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         p_CV = torch.softmax(z_CV, -1)
-        sums_C = z_CV.amax(-1).sub_(p_CV.amax(-1).log_())  # as in `_probabilities`
         ctx.save_for_backward(p_CV, rows_M, targets_M)
         ctx.dtype = logits_CV.dtype
-        return z_CV[rows_M, targets_M].sub_(sums_C[rows_M])
+        return _logp(z_CV[rows_M, targets_M], z_CV.amax(-1)[rows_M], p_CV.amax(-1)[rows_M])
 
     @staticmethod
     @once_differentiable
