@@ -25,6 +25,8 @@ RUN python -m lorica.server.assets /charts/uplot-1.6.32.tgz
 
 FROM python:${PYTHON}-slim
 LABEL org.opencontainers.image.title="Lorica" org.opencontainers.image.licenses="Apache-2.0"
+# an engine on a CPU compiles its kernels for the very processor that it runs on
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 lorica && install -d -o lorica -g lorica /data
 COPY --from=build /opt/lorica /opt/lorica
 ENV PATH=/opt/lorica/bin:$PATH PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=PASSIVE

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from lorica.engine.native.proved import kernels_for
 from lorica.recipes.compare.costs import seconds
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -52,6 +53,7 @@ def environment() -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "device": device, "load": os.getloadavg()} | {
         "threads": torch.get_num_threads(),
+        "kernels in C": kernels_for(torch.float32) is not None,
         **packages,
     }
 

@@ -48,7 +48,7 @@ def test_a_walk_samples_as_the_trunks_own_pass_does(family, dtype, monkeypatch):
     params = SamplingParams(max_tokens=6)
     walked = generate(host, rows, params)
     monkeypatch.setattr(decode, "walk_of", lambda executor, forwards: None)
-    monkeypatch.setattr(decode, "_blocks", lambda executor, whole, plain: [])
+    monkeypatch.setattr(decode, "_blocks", lambda executor, whole, plain, kernels: [])
     usual = generate(host, rows, params)
     close = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.1}[dtype]
     same = 0

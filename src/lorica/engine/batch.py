@@ -164,7 +164,7 @@ class Batch:
             with self.host.rows([row.job.request.stack for row in rows]):
                 self.host.begin()
                 logits_RV = head(self.trunk, hidden_RD)
-            take(rows, logits_RV, events)
+            take(rows, logits_RV, events, self.host.executor.kernels(logits_RV.dtype))
         except Exception as error:
             for row in rows:
                 row.job.fail(error, events)
@@ -218,7 +218,7 @@ class Batch:
         live = [i for i, row in enumerate(rows) if not row.dead]
         if len(live) < len(rows):
             logits_RV = logits_RV[torch.tensor(live, device=logits_RV.device)]
-        take([rows[i] for i in live], logits_RV, events)
+        take([rows[i] for i in live], logits_RV, events, self.host.executor.kernels(logits_RV.dtype))
 
     def _compose(self) -> None:
         """The order of the rows, and what of the linear sites depends on who they are."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorica.engine.abilities import FAILURES, probe_row
 from lorica.engine.executor import Executor
-from lorica.engine.fast import hooked
+from lorica.engine.groups import hooked
 from lorica.engine.modes import in_mode
 from lorica.models.backbone import Backbone
 
@@ -25,6 +25,7 @@ PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 Walk = Callable[[Tensor, Tensor], Tensor]
 """Final hidden states [R, T, width] from ids and positions [R, T]."""
 Forward = Callable[..., Any]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +47,38 @@ class Chain:
     def walk(self, forward: Callable[[nn.Module], Forward]) -> Walk:
         """A pass in which `forward` says how each module computes, now and later."""
         layers = [tuple(forward(part) for part in parts) for parts in self.layers]
-        norm = forward(self.norm)
+        first = layers[0][0] if layers else forward(self.norm)
+        nexts = [*(layer[0] for layer in layers[1:]), forward(self.norm)]
+        steps = [
+            (attend, _after(second), block, _after(third))
+            for (_, attend, second, block), third in zip(layers, nexts, strict=bool(layers))
+        ]
 
         def run(ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
             x_RTD: Tensor = self.embedding(ids_RT)
             turns = self.rotations(x_RTD, positions_RT)
-            for first, attend, second, block in layers:
+            y_RTD: Tensor = first(x_RTD)
+            for attend, second, block, third in steps:
                 # by keyword, as transformers does
-                x_RTD = x_RTD + attend(hidden_states=first(x_RTD), position_embeddings=turns, attention_mask=None)[0]
-                x_RTD = x_RTD + block(second(x_RTD))
-            return cast(Tensor, norm(x_RTD))
+                y_RTD = attend(hidden_states=y_RTD, position_embeddings=turns, attention_mask=None)[0]
+                x_RTD, y_RTD = second(x_RTD, y_RTD)
+                x_RTD, y_RTD = third(x_RTD, block(y_RTD))
+            return y_RTD
 
         return run
+
+
+def _after(norm: Forward) -> Callable[[Tensor, Tensor], Pair]:
+    """`x + branch` and its norm: in one call, where the norm has one for it."""
+    own = None if isinstance(norm, nn.Module) else getattr(norm, "after", None)
+    if own is not None:
+        return cast(Callable[[Tensor, Tensor], Pair], own)
+
+    def both(x: Tensor, branch: Tensor) -> Pair:
+        x = x + branch
+        return x, norm(x)
+
+    return both
 
 
 def chain_of(executor: Executor) -> Chain | None:
@@ -86,7 +107,7 @@ def _found(backbone: Backbone) -> Chain | None:
     ids_1T = torch.tensor([probe_row(backbone)], device=backbone.device)
     places_1T = torch.arange(ids_1T.shape[1], device=backbone.device)[None]
     try:  # without a mask, the attention of a single row is causal
-        with in_mode(trunk, training=False):
+        with in_mode(trunk.modules(), training=False):
             wanted = trunk(input_ids=ids_1T, position_ids=places_1T, use_cache=False)[0]
             return found if torch.equal(found.walk(lambda module: module)(ids_1T, places_1T), wanted) else None
     except FAILURES:

@@ -47,6 +47,7 @@ class EngineCore:
     def __init__(self, backbone: Backbone, settings: EngineSettings) -> None:
         self.settings = settings
         self.host = Host(backbone).set_attention(settings.shifted()).set_graphs(settings.graphs)
+        self.host.set_native(settings.native)
         self.engine = Engine(self.host, token_budget=settings.token_budget)
         stream = Stream(
             self.host, slots=settings.slots, kv_budget=settings.kv_budget or None, together=not settings.deterministic

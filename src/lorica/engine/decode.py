@@ -19,10 +19,11 @@ from lorica.core.update import LinearUpdate, Update
 from lorica.engine.chain import Walk, outside, walk_of
 from lorica.engine.executor import Executor
 from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
-from lorica.engine.fast import gated_blocks, hooked, step_norms
-from lorica.engine.groups import Group, Shared, Stand, groups_of
+from lorica.engine.fast import bare_norms, gated_blocks
+from lorica.engine.groups import Group, Shared, Stand, groups_of, hooked
+from lorica.engine.native.kernels import Kernels
 from lorica.engine.route import Stack
-from lorica.engine.step_blocks import GatedStep, Joined, RotaryStep, Turn, rotary_parts
+from lorica.engine.step_blocks import GatedStep, Joined, RotaryStep, Turn, norm_step, rotary_parts
 
 IDLE = 8
 """Updates of so many adapters without rows are kept for the next ones."""
@@ -70,14 +71,16 @@ class Updates:
         for stack in [stack for stack in self._folds if not gone.isdisjoint(stack)]:
             del self._folds[stack]
 
-    def folded(self, executor: Executor, site: str, stack: Stack, dtype: torch.dtype) -> Folded | None:
+    def folded(
+        self, executor: Executor, site: str, stack: Stack, dtype: torch.dtype, kernels: Kernels | None
+    ) -> Folded | None:
         """A stack's update at a site; None where it has no folded form."""
         acting = tuple(adapter for adapter in stack if executor.acts(adapter, site))
         own = self._folds.setdefault(acting, {})
         if (site, dtype) not in own:
             updates = [executor.lowered(adapter, site) for adapter in acting]
             linear = [u for u in updates if isinstance(u, LinearUpdate)]
-            own[site, dtype] = fold(linear, executor.backbone.bias(site), dtype) if linear else NOTHING
+            own[site, dtype] = fold(linear, executor.backbone.bias(site), dtype, kernels) if linear else NOTHING
         return own[site, dtype]
 
 
@@ -125,23 +128,28 @@ def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> St
         return Step([])
     if backbone.dtype == torch.float16:  # its adapters compute in float32
         return Step([])
-    forwards: Forwards = step_norms(executor, {adapter: None for stack in stacks for adapter in stack})
+    kernels = executor.kernels(backbone.dtype)
+    norms = bare_norms(executor, {adapter: None for stack in stacks for adapter in stack})
+    stood = ((module, norm_step(norm, kernels)) for module, norm in norms)
+    forwards: Forwards = [(module, forward) for module, forward in stood if forward is not None]
     whole: dict[tuple[nn.Module, ...], Joined] = {}
     for group in groups_of(executor):
         if not group.free:
             continue
-        factors, slow = _factors(executor, [m.site for m in group.members], stacks, updates)
+        factors, slow = _factors(executor, [m.site for m in group.members], stacks, updates, kernels)
         step = _Step(group, factors)
         forwards += [(m.module, Stand(step, i)) for i, m in enumerate(group.members) if i not in slow]
         if not slow and not any(hooked(m.module) for m in group.members):
             whole[tuple(m.module for m in group.members)] = step.joined
-    forwards += _blocks(executor, whole, {module for module, _ in forwards})
+    forwards += _blocks(executor, whole, {module for module, _ in forwards}, kernels)
     standing = dict(forwards)
     walk = walk_of(executor, standing)
     return Step(forwards if walk is None else outside(executor, standing), walk)
 
 
-def _blocks(executor: Executor, whole: dict[tuple[nn.Module, ...], Joined], plain: set[nn.Module]) -> Forwards:
+def _blocks(
+    executor: Executor, whole: dict[tuple[nn.Module, ...], Joined], plain: set[nn.Module], kernels: Kernels | None
+) -> Forwards:
     """Stand-ins for blocks all of whose maps are joined, and whose norms are `plain`: no adapter changes them."""
     turn = Turn()
     forwards: Forwards = []
@@ -149,16 +157,16 @@ def _blocks(executor: Executor, whole: dict[tuple[nn.Module, ...], Joined], plai
         maps, out = whole.get(rotary.maps), whole.get((rotary.out,))
         bare = "forward" not in rotary.module.__dict__ and plain.issuperset(rotary.norms)
         if maps is not None and out is not None and bare and not any(hooked(norm) for norm in rotary.norms):
-            forwards.append((rotary.module, RotaryStep(rotary, maps, out, turn)))
+            forwards.append((rotary.module, RotaryStep(rotary, maps, out, turn, kernels)))
     for block in gated_blocks(executor):
         both, down = whole.get((block.gate, block.up)), whole.get((block.down,))
         if both is not None and down is not None and "forward" not in block.module.__dict__:
-            forwards.append((block.module, GatedStep(block, both, down)))
+            forwards.append((block.module, GatedStep(block, both, down, kernels)))
     return forwards
 
 
 def _factors(
-    executor: Executor, sites: Sequence[str], stacks: Sequence[Stack], updates: Updates
+    executor: Executor, sites: Sequence[str], stacks: Sequence[Stack], updates: Updates, kernels: Kernels | None
 ) -> tuple[GroupFactors | None, frozenset[int]]:
     """The factors of the rows' stacks at maps of one input, and which of the maps must go the general way."""
     runs: list[tuple[int, int]] = []
@@ -170,12 +178,13 @@ def _factors(
             distinct.append(stack)
             runs.append((row, row + 1))
     weight = executor.backbone.weight(sites[0])
-    few = len(distinct) <= FEW and weight.device.type == "cpu"
+    kernels = kernels if kernels is not None and kernels.dtype == weight.dtype else None
+    few = len(distinct) <= FEW and weight.device.type == "cpu" and kernels is None
     dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
     slow: set[int] = set()
     maps: list[list[Folded]] = []
     for i, site in enumerate(sites):
-        column = [updates.folded(executor, site, stack, dtype) for stack in distinct]
+        column = [updates.folded(executor, site, stack, dtype, kernels) for stack in distinct]
         whole = [f for f in column if f is not None]
         # the other maps of a group read the input unscaled
         if len(whole) < len(column) or (len(sites) > 1 and any(f.in_scale_I is not None for f in whole)):
@@ -185,4 +194,4 @@ def _factors(
     if all(f is NOTHING for column in maps for f in column):
         return None, frozenset(slow)
     sizes = [executor.backbone.weight(site).shape[0] for site in sites]
-    return GroupFactors(maps, sizes, runs, len(stacks)), frozenset(slow)
+    return GroupFactors(maps, sizes, runs, len(stacks), kernels), frozenset(slow)

@@ -18,6 +18,10 @@ from lorica.core.errors import RouteError
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate, Update
 from lorica.engine.equation import Dropout, Mask
+from lorica.engine.native.kernels import Kernels
+from lorica.engine.native.passes import Passes
+from lorica.engine.native.proved import kernels_for, passes_for
+from lorica.engine.replay import GRAPHS
 from lorica.engine.route import Route, Segment
 from lorica.models.backbone import Backbone
 
@@ -53,10 +57,10 @@ class Executor:
 
     Attributes: `route` is the routing of the present forward pass, None while adapters are disabled; `compute` is the
     dtype of the adapters' arithmetic, None for that of the activations; `graphs` says whether passes may be replayed
-    where the device has graphs; `recomputing` is true inside a checkpoint's
-    second pass; `window` is the span of packed positions that sites see, None for all of them; `memo` keeps lowered
-    updates while no adapter can change (a generation), None otherwise; `muted` are adapters with sites at which they do
-    not act.
+    where the device has graphs, `native` whether kernels in C may be used on a CPU; `recomputing` is true inside a
+    checkpoint's second pass; `window` is the span of packed positions that sites see, None for all of them; `memo`
+    keeps lowered updates while no adapter can change (a generation), None otherwise; `muted` are adapters with sites at
+    which they do not act.
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -64,10 +68,20 @@ class Executor:
         self.route: Route | None = None
         self.compute: torch.dtype | None = None
         self.graphs = True
+        self.native = True
         self.recomputing = False
         self.window: tuple[int, int] | None = None
         self.memo: dict[tuple[str, Adapter], Update] | None = None
         self.muted: frozenset[tuple[Adapter, str]] = frozenset()
+
+    def kernels(self, dtype: torch.dtype) -> Kernels | None:
+        """Kernels in C for the steps of a backbone on a CPU; None where there are none, or they are switched off."""
+        device = self.backbone.device.type  # what is recorded must be torch's own operations
+        return kernels_for(dtype) if self.native and device == "cpu" and device not in GRAPHS else None
+
+    def passes(self, dtype: torch.dtype) -> Passes | None:
+        """Kernels in C for training passes, likewise."""
+        return None if self.kernels(dtype) is None else passes_for(dtype)
 
     def acts(self, adapter: Adapter, site: str) -> bool:
         """Whether an adapter acts at a site."""

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from lorica.core.update import LinearUpdate
+from lorica.core.update import LowRank as Factors
+from lorica.engine.native.kernels import LANES, Kernels, LowRank
 
 FEW = 4
 """Up to so many distinct stacks, all maps of a group are one product (fewer calls, hardly more bytes), and factors of a
@@ -39,11 +41,12 @@ NOTHING = Folded(None, None, None, None, None)
 """What a stack does at a site that none of its adapters adapts."""
 
 
-def fold(updates: Sequence[LinearUpdate], bias_O: Tensor | None, dtype: torch.dtype) -> Folded | None:
+def fold(
+    updates: Sequence[LinearUpdate], bias_O: Tensor | None, dtype: torch.dtype, kernels: Kernels | None = None
+) -> Folded | None:
     """The updates of a stack, innermost first, as one; None where they are not of that form."""
     if any(u.delta is not None for u in updates) or (len(updates) > 1 and not all(u.low_rank_only for u in updates)):
         return None
-    plain = [factor.folded() for update in updates for factor in update.factors]
     biases = [u.bias_O for u in updates if u.bias_O is not None]
     shift_O = torch.stack(biases).sum(0) if biases else None
     first = updates[0]
@@ -54,13 +57,30 @@ def fold(updates: Sequence[LinearUpdate], bias_O: Tensor | None, dtype: torch.dt
     def cast(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)
 
+    A_RI, B_OR = _low_rank([factor for update in updates for factor in update.factors], dtype, kernels)
     return Folded(
-        torch.cat([f.A_RI for f in plain]).to(dtype) if plain else None,
-        torch.cat([f.B_OR for f in plain], dim=1).to(dtype) if plain else None,
+        A_RI,
+        B_OR,
         cast(first.in_scale_I),
         cast(first.out_scale_O),
         cast(shift_O),
     )
+
+
+def _low_rank(
+    factors: Sequence[Factors], dtype: torch.dtype, kernels: Kernels | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """A of all factors and B, with all scales in it; B is in memory rank by rank. They are copies."""
+    if not factors:
+        return None, None
+    first = factors[0]
+    if len(factors) == 1 and kernels is not None and first.mid_R is None and first.post_O is None:
+        B_RO = kernels.transposed(first.B_OR, first.scale)
+        if B_RO is not None:
+            return first.A_RI.to(dtype, copy=True), B_RO.mT
+    plain = [factor.folded() for factor in factors]
+    B_RO = torch.cat([f.B_OR.mT for f in plain]).to(dtype)
+    return torch.cat([f.A_RI for f in plain]).to(dtype), B_RO.mT
 
 
 class _LowRank:
@@ -149,14 +169,17 @@ class GroupFactors:
         sizes: Sequence[int],
         runs: Sequence[tuple[int, int]],
         rows: int,
+        kernels: Kernels | None = None,
     ) -> None:
         self.rows = rows
         self.in_scale_NI = _rowwise([[f.in_scale_I for f in maps[0]]], [0], runs, rows, 1.0)
         self.out_scale_NO = _rowwise([[f.out_scale_O for f in column] for column in maps], sizes, runs, rows, 1.0)
         self.shift_NO = _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0)
         present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
-        self.low: _LowRank | None = None
-        if present:
+        self.low: _LowRank | LowRank | None = None
+        if present and kernels is not None and _suits(maps, sizes):
+            self.low = LowRank(kernels, _by_row(maps, runs, rows), sizes)
+        elif present:
             self.low = _LowRank([[column[t] for t in present] for column in maps], sizes, [runs[t] for t in present])
 
     def scaled(self, x_NI: Tensor) -> Tensor:
@@ -171,6 +194,22 @@ class GroupFactors:
             return y_NO
         out_NO = y_NO if self.out_scale_NO is None else y_NO * self.out_scale_NO
         return (out_NO if self.shift_NO is None else out_NO + self.shift_NO).to(y_NO.dtype)
+
+
+def _suits(maps: Sequence[Sequence[Folded]], sizes: Sequence[int]) -> bool:
+    widths = {f.A_RI.shape[1] for column in maps for f in column if f.A_RI is not None}
+    return not any(width % LANES for width in (*widths, *sizes))
+
+
+def _by_row(
+    maps: Sequence[Sequence[Folded]], runs: Sequence[tuple[int, int]], rows: int
+) -> list[list[tuple[Tensor, Tensor] | None]]:
+    """A [R, I] and B [R, O] of each row at each map."""
+    found: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(maps) for _ in range(rows)]
+    for t, (start, stop) in enumerate(runs):
+        own = [(f.A_RI, f.B_OR.mT) if f.A_RI is not None and f.B_OR is not None else None for f in (c[t] for c in maps)]
+        found[start:stop] = [list(own) for _ in range(start, stop)]
+    return found
 
 
 def _fill(stacked: Tensor, parts: Sequence[Tensor | None]) -> None:

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 
 from lorica.adapters.adapter import Adapter
 from lorica.engine.executor import Executor, Work
+from lorica.engine.few_rows import few_rows, pairs_of
 from lorica.engine.fused import FusedNorm, Gated, fused_parts
 from lorica.engine.fused_norms import AdaptedNorm
-from lorica.engine.groups import Group, Shared, Stand, groups_of, standing_in
-from lorica.engine.linear import Base, Make, adapted_linear
+from lorica.engine.groups import Group, Shared, Stand, groups_of, hooked, standing_in
+from lorica.engine.linear import FEW, Base, Make, adapted_linear
 from lorica.engine.linear_sites import is_sum, parts_of, stacked_linear
+from lorica.engine.native.nodes import NativeGate, NativeNorm
 from lorica.engine.prepack import FrozenMaps
 from lorica.engine.sites import NormForward
 
-KEPT = "fused"
+KEPT, NATIVE = "fused", "native"
 
 
 class _Pass(Shared):
@@ -33,18 +35,30 @@ class _Pass(Shared):
     def __init__(self, executor: Executor, group: Group) -> None:
         super().__init__(group)
         self.executor = executor
+        self.passes = executor.passes(executor.backbone.dtype)
         self.sites = [executor.backbone.sites[m.site] for m in group.members]
 
     def compute(self, x: Tensor) -> list[Tensor]:
         x_NI = x.reshape(-1, x.shape[-1])
         work = [self.executor.work(site, x_NI.shape[0]) for site in self.sites]
-        if len(self.sites) == 1 or any(_needs_a_node(item) for own in work for item in own):
+        few = self._few([x_NI], work)
+        if few is not None:
+            ys = [few] if len(self.sites) == 1 else list(few.split(self.group.maps.sizes, dim=1))
+        elif len(self.sites) == 1 or any(_needs_a_node(item) for own in work for item in own):
             ys = [self._alone(i, x_NI, own) for i, own in enumerate(work)]
         else:
             parts = [part for i, own in enumerate(work) for item in own for part in parts_of(item, i)]
             y_NO = adapted_linear(x_NI, self._base(), parts, self.executor.compute)
             ys = list(y_NO.split(self.group.maps.sizes, dim=1))
         return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in ys]
+
+    def _few(self, x: Sequence[Tensor], work: list[list[Work]], make: NativeGate | None = None) -> Tensor | None:
+        """By kernels for few rows; None where these do not take them."""
+        rows = x[0].shape[0]
+        if self.passes is None or rows > FEW or self.executor.compute not in (None, torch.float32):
+            return None
+        pairs = pairs_of(work, self.group.maps.sizes, rows)
+        return None if pairs is None else few_rows(x, self._base(), pairs, self.passes, make)
 
     def _base(self) -> Base:
         maps = self.group.maps
@@ -58,7 +72,10 @@ class _Pass(Shared):
         """What the only member makes of `make(*sources)`, of which the sources alone are saved."""
         flat = [s.reshape(-1, s.shape[-1]) for s in sources]
         work = self.executor.work(self.sites[0], flat[0].shape[0])
-        if not all(is_sum(item) for item in work):
+        few = self._few(flat, [work], make) if isinstance(make, NativeGate) and make.takes(*flat) else None
+        if few is not None:
+            y_NO = few
+        elif not all(is_sum(item) for item in work):
             y_NO = self._alone(0, make(*flat), work)
         else:
             parts = [part for item in work for part in parts_of(item)]
@@ -74,11 +91,11 @@ def _needs_a_node(item: Work) -> bool:
 class _GatedForward:
     """The forward of a gated block: what `down` reads is made again in backward."""
 
-    def __init__(self, block: Gated, down: _Pass) -> None:
-        self.block, self.down = block, down
+    def __init__(self, block: Gated, down: _Pass, make: Make) -> None:
+        self.block, self.down, self.make = block, down, make
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down.made(self.block.make, self.block.gate(x), self.block.up(x))
+        return self.down.made(self.make, self.block.gate(x), self.block.up(x))
 
 
 @contextmanager
@@ -89,18 +106,20 @@ def fast_modules(executor: Executor) -> Iterator[None]:
         return
     passes = {g.members[0].module: _Pass(executor, g) for g in groups_of(executor) if g.free}
     norms, blocks = _fused(executor)
+    own_norms, makes = _native(executor)
     route = executor.live_route()
     touched = () if route is None else route.adapters()
-    forwards: list[tuple[nn.Module, Any]] = [(m, norm) for m, norm in norms.items() if _is_bare(m, touched)]
+    bare = [(m, norm) for m, norm in norms.items() if _is_bare(m, touched)]
+    forwards: list[tuple[nn.Module, Any]] = [(m, own_norms.get(m, norm)) for m, norm in bare]
     adapted = ((m, m.__dict__["forward"], norm) for m, norm in norms.items() if not _is_bare(m, touched))
     forwards += [(m, AdaptedNorm(own, norm)) for m, own, norm in adapted if _is_alone(own)]
     for shared in passes.values():
         forwards += [(m.module, Stand(shared, i)) for i, m in enumerate(shared.group.members)]
     for block in blocks:
         down = passes.get(block.down)
-        bare = "forward" not in block.module.__dict__ and not hooked(block.down)
-        if down is not None and len(down.sites) == 1 and bare:
-            forwards.append((block.module, _GatedForward(block, down)))
+        free = "forward" not in block.module.__dict__ and not hooked(block.down)
+        if down is not None and len(down.sites) == 1 and free:
+            forwards.append((block.module, _GatedForward(block, down, makes.get(block.module, block.make))))
     with standing_in(forwards):
         yield
 
@@ -115,16 +134,29 @@ def _fused(executor: Executor) -> tuple[dict[nn.Module, FusedNorm], list[Gated]]
     return found
 
 
+def _native(executor: Executor) -> tuple[dict[nn.Module, NativeNorm], dict[nn.Module, NativeGate]]:
+    """The stand-ins of the same modules by kernels in C, where there are some."""
+    passes, kept = executor.passes(executor.backbone.dtype), executor.backbone.kept
+    if passes is None:
+        return {}, {}
+    if NATIVE not in kept:
+        norms, blocks = _fused(executor)
+        own = ((module, NativeNorm.of(norm, passes)) for module, norm in norms.items())
+        gates = ((block.module, NativeGate.of(block, passes)) for block in blocks)
+        kept[NATIVE] = {m: n for m, n in own if n is not None}, {m: g for m, g in gates if g is not None}
+    found: tuple[dict[nn.Module, NativeNorm], dict[nn.Module, NativeGate]] = kept[NATIVE]
+    return found
+
+
 def gated_blocks(executor: Executor) -> list[Gated]:
     """The gated blocks of known form."""
     return _fused(executor)[1]
 
 
-def step_norms(executor: Executor, adapters: Iterable[Adapter]) -> list[tuple[nn.Module, Any]]:
-    """Stand-ins for norms that none of these adapters changes, for passes of few tokens without gradients, autocast."""
+def bare_norms(executor: Executor, adapters: Iterable[Adapter]) -> list[tuple[nn.Module, FusedNorm]]:
+    """The norms of known form that none of these adapters changes."""
     touched = list(adapters)
-    found = [(module, norm.in_one_call) for module, norm in _fused(executor)[0].items() if _is_bare(module, touched)]
-    return [(module, forward) for module, forward in found if forward is not None]
+    return [(module, norm) for module, norm in _fused(executor)[0].items() if _is_bare(module, touched)]
 
 
 def _is_bare(norm: nn.Module, adapters: Sequence[Adapter]) -> bool:
@@ -146,9 +178,3 @@ def frozen_maps(executor: Executor, module: nn.Module) -> FrozenMaps | None:
         return None
     groups = (g for g in groups_of(executor) if len(g.members) == 1 and g.members[0].module is module and g.free)
     return next((group.maps for group in groups), None)
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its forward."""
-    ahead = module._forward_pre_hooks or module._backward_pre_hooks
-    return bool(ahead or module._forward_hooks or module._backward_hooks)

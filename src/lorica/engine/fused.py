@@ -147,7 +147,7 @@ def _is_gated(block: Gated, training: bool) -> bool:
     weight = cast(nn.Linear, block.gate).weight
     x = probe((3, weight.shape[1]), weight)
     generators = torch.random.fork_rng(devices=[weight.device] if weight.is_cuda else [])
-    with generators, in_mode(module, training=training):
+    with generators, in_mode(module.modules(), training=training):
         try:
             expected = type(module).forward(module, x)
             return torch.equal(block.down(block.make(block.gate(x), block.up(x))), cast(Tensor, expected))

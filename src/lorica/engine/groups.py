@@ -23,6 +23,11 @@ from lorica.models.backbone import Backbone
 from lorica.models.quantize.linear import QuantizedLinear
 
 KEPT = "groups"
+CACHED = 2**25
+"""Weights of so many bytes in all stay in a processor's cache from pass to pass. There a product of one or two rows is
+two to four times as fast by our kernel as with a weight that is laid out, and one copy serves both directions; from
+memory the kernel is slower.
+"""
 
 
 class Member:
@@ -70,6 +75,12 @@ def is_free(module: nn.Module) -> bool:
     return before is None or (isinstance(before, SiteForward) and before.previous is None)
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward."""
+    ahead = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(ahead or module._forward_hooks or module._backward_hooks)
+
+
 def groups_of(executor: Executor) -> list[Group]:
     """The groups of a backbone that is a causal language model, kept until its weights change (`Backbone.refresh`)."""
     kept = executor.backbone.kept
@@ -79,6 +90,9 @@ def groups_of(executor: Executor) -> list[Group]:
         if dense and worth_packing([weight for group in dense for weight in group.maps.dense], copies=2):
             for group in dense:
                 group.maps.packs = True
+        few = executor.passes(torch.float32) if sum(group.maps.bytes for group in groups) <= CACHED else None
+        for group in dense:
+            group.maps.few = few if few is not None and few.multiplies(group.maps.dense) else None
         kept[KEPT] = groups
     found: list[Group] = kept[KEPT]
     return found
@@ -128,7 +142,7 @@ def _learn(executor: Executor) -> list[list[Member]]:
 
     ids_12 = torch.zeros(1, 2, dtype=torch.long, device=backbone.device)
     watches = [(m.module, _Watch(m, seen)) for m in members]
-    with in_mode(backbone.module, training=False), executor.replay(None), standing_in(watches):
+    with in_mode(backbone.module.modules(), training=False), executor.replay(None), standing_in(watches):
         backbone.trunk(input_ids=ids_12, use_cache=False)
     return [*groups, *([m] for m in members if m.site not in placed)]
 

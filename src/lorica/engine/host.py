@@ -320,6 +320,15 @@ class Host:
         self.executor.graphs = on
         return self
 
+    def set_native(self, on: bool) -> Host:
+        """Whether kernels in C compute what surrounds matrix products on a CPU, as they do at first where the machine
+        has a C compiler: up to rounding the same numbers as torch's own operations, and several times as fast for few
+        tokens.
+        """
+        self.executor.native = on
+        self.backbone.kept.clear()
+        return self
+
     def checkpointing(self) -> Host:
         """Activation checkpointing that remembers the route of each pass. Needs a transformers model and `train()`."""
         self._hooks.checkpointing()

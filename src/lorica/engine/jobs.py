@@ -6,6 +6,7 @@ know models, caches and routes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lorica.core.errors import FormatError
 from lorica.engine.kv_lane import Place
+from lorica.engine.native.kernels import Kernels
 from lorica.engine.prompts import Read
 from lorica.engine.requests import Event, Failed, Finished, Result, Sample, StreamRequest, Token, TopK
 from lorica.sampling.logits import choose, generators, likeliest
@@ -134,12 +136,36 @@ class Row:
         return Sample(tuple(self.tokens), tuple(self.logprobs), self.stopped, topk)
 
 
-def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event]) -> None:
-    """The next token of each row; a row whose logits are no numbers fails its job."""
+def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event], kernels: Kernels | None) -> None:
+    """The next token of each row; a row whose logits are no numbers fails its job. `kernels` are for the logits."""
+    tokens, values = _drawn(rows, logits_RV, kernels) or _chosen(rows, logits_RV)
+    for row, token, logprob in zip(rows, tokens, values, strict=True):
+        if row.job.over:
+            continue
+        if math.isnan(logprob):  # one logit that is no number leaves none in its row
+            row.job.fail(row.job.no_number(f"token {len(row.tokens)} of sample {row.index}"), events)
+            continue
+        row.take(token, logprob)
+        events.append(Token(row.job.request.key, row.index, token, logprob))
+
+
+def _drawn(rows: Sequence[Row], logits_RV: Tensor, kernels: Kernels | None) -> tuple[list[int], list[float]] | None:
+    """Tokens and log-probabilities of rows that ask for no more, in one call; None where one does."""
+    requests = [row.job.request for row in rows]
+    plain = all(r.params.top_k is None and r.params.top_p >= 1 and not r.topk_sample for r in requests)
+    if kernels is None or not plain or not logits_RV.is_contiguous():
+        return None
+    heats = [request.params.temperature for request in requests]
+    uniform = [torch.rand((), generator=row.rng).item() if heat else 0.0 for row, heat in zip(rows, heats, strict=True)]
+    tokens_R, values_R = kernels.draw(logits_RV, heats, uniform)
+    return tokens_R.tolist(), values_R.tolist()
+
+
+def _chosen(rows: Sequence[Row], logits_RV: Tensor) -> tuple[list[int], list[float]]:
+    """Tokens and log-probabilities, in whatever way the rows ask for them; their likeliest tokens go into the rows."""
     logprobs_RV = logits_RV.float().log_softmax(-1)
     chosen_R = choose(logprobs_RV, [row.job.request.params for row in rows], [row.rng for row in rows])
-    values = logprobs_RV.gather(-1, chosen_R[:, None])[:, 0].tolist()
-    wrong = logprobs_RV[:, 0].isnan().tolist()  # one value that is no number leaves none in its row
+    values_R = logprobs_RV.gather(-1, chosen_R[:, None])[:, 0]
     asked = [i for i, row in enumerate(rows) if row.job.request.topk_sample]
     if asked:
         most = max(rows[i].job.request.topk_sample for i in asked)
@@ -147,11 +173,4 @@ def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event]) -> None:
         for i, ids, own in zip(asked, ids_AK.tolist(), values_AK.tolist(), strict=True):
             k = rows[i].job.request.topk_sample
             rows[i].topk.append((ids[:k], own[:k]))
-    for row, token, logprob, bad in zip(rows, chosen_R.tolist(), values, wrong, strict=True):
-        if row.job.over:
-            continue
-        if bad:
-            row.job.fail(row.job.no_number(f"token {len(row.tokens)} of sample {row.index}"), events)
-            continue
-        row.take(token, logprob)
-        events.append(Token(row.job.request.key, row.index, token, logprob))
+    return chosen_R.tolist(), values_R.tolist()

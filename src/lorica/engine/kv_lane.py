@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorica.engine.native.kernels import Kernels
 from lorica.engine.replay import GRAPHS
 
 
@@ -74,6 +75,7 @@ class Lane:
         self._numbers: dict[object, Tensor] = {}
         self._masks: dict[tuple[int, int, int | None, torch.dtype, tuple[int, ...]], Tensor | None] = {}
         self._gaps: dict[nn.Module, tuple[int, ...]] = {}
+        self._spans: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
     @property
     def span(self) -> int:
@@ -107,6 +109,7 @@ class Lane:
         self._numbers.clear()
         self._masks.clear()
         self._gaps.clear()
+        self._spans.clear()
 
     # -- rows ------------------------------------------------------------------------------------------------------
 
@@ -223,25 +226,30 @@ class Lane:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
+        kernels: Kernels | None = None,
         **_: Any,
     ) -> Tensor:
         """`softmax(q kᵀ · scaling) v` of the newest T tokens of each row over all that the row has kept. Returns [R,
-        T, H, K].
+        T, H, K]. `kernels` are for one token of each row, whose queries and keys are contiguous float32.
         """
         rows, heads, tokens, dim = q_RHTK.shape
         groups, stop = k_RGTK.shape[1], self.slot + 1
-        k_BSK, v_BSK = (part[: rows * groups] for part in self._layers[module])
-        newest = k_RGTK.reshape(rows * groups, tokens, dim), v_RGTK.reshape(rows * groups, tokens, -1)
+        kept = self._layers[module]
+        scale = dim**-0.5 if scaling is None else scaling
+        if kernels is not None and softcap is None and s_aux is None and kept[0].dtype == torch.float32:
+            newest = q_RHTK[:, :, 0], k_RGTK[:, :, 0], v_RGTK[:, :, 0]
+            return kernels.attend(*newest, kept, self._seen(module), self.slot, sliding_window or 0, scale)[:, None]
+        k_BSK, v_BSK = (part[: rows * groups] for part in kept)
+        newest_BTK = k_RGTK.reshape(rows * groups, tokens, dim), v_RGTK.reshape(rows * groups, tokens, -1)
         if self.steady and tokens == 1:
             stop = self.capacity
-            for kept_BSK, new_B1K in zip((k_BSK, v_BSK), newest, strict=True):
+            for kept_BSK, new_B1K in zip((k_BSK, v_BSK), newest_BTK, strict=True):
                 kept_BSK.index_copy_(1, self._slot_1, new_B1K.to(kept_BSK.dtype))
         else:
-            k_BSK[:, stop - tokens : stop], v_BSK[:, stop - tokens : stop] = newest
+            k_BSK[:, stop - tokens : stop], v_BSK[:, stop - tokens : stop] = newest_BTK
             k_BSK, v_BSK = k_BSK[:, :stop], v_BSK[:, :stop]
         # the query heads of a group are the rows of one small product, so no key is repeated
         q_BQK = q_RHTK.reshape(rows * groups, heads // groups * tokens, dim).to(k_BSK.dtype)
-        scale = dim**-0.5 if scaling is None else scaling
         mask = self._mask(module, groups, tokens, sliding_window, q_BQK.dtype)
         mask = mask if mask is None or tokens == 1 else mask.repeat(1, heads // groups, 1)
         if softcap is None:
@@ -262,13 +270,26 @@ class Lane:
             return y_BQK.view(rows, 1, heads, -1).to(q_RHTK.dtype)
         return y_BQK.view(rows, heads, tokens, -1).transpose(1, 2).to(q_RHTK.dtype)
 
+    def _seen(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """The first slot that each row sees, and the one before which a window hides nothing: prefixes are always
+        seen.
+        """
+        gaps = self._row_gaps(module)
+        if gaps not in self._spans:
+            firsts = [row.start + gap for row, gap in zip(self.rows, gaps, strict=True)]
+            self._spans[gaps] = torch.tensor(firsts), torch.tensor([row.start + row.prefix for row in self.rows])
+        return self._spans[gaps]
+
+    def _row_gaps(self, module: nn.Module) -> tuple[int, ...]:
+        if module not in self._gaps:
+            self._gaps[module] = tuple(row.gaps[module] for row in self.rows)
+        return self._gaps[module]
+
     def _mask(
         self, module: nn.Module, groups: int, tokens: int, window: int | None, dtype: torch.dtype
     ) -> Tensor | None:
         """0 where a row's key may be seen and −inf elsewhere, [rows · groups, tokens, slots]; None where all may be."""
-        if module not in self._gaps:
-            self._gaps[module] = tuple(row.gaps[module] for row in self.rows)
-        gaps = self._gaps[module]
+        gaps = self._row_gaps(module)
         key = (groups, tokens, window, dtype, gaps)
         if key not in self._masks:
             steady = self.steady and tokens == 1

@@ -1,21 +1,21 @@
 """Training and eval mode of a module for a while.
 
-In: a module and a mode. Out: the module in that mode, and afterwards every part in its own again. Refuses to know what
-runs inside.
+In: modules and a mode. Out: the modules in that mode, and afterwards each in its own again. Refuses to know what runs
+inside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
 
 @contextmanager
-def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Inside, every module below is in this mode; afterwards each is in its own again."""
-    others = [part for part in module.modules() if part.training is not training]
+def in_mode(modules: Iterable[nn.Module], *, training: bool) -> Iterator[None]:
+    """Inside, all of them are in this mode; afterwards each is in its own again."""
+    others = [part for part in modules if part.training is not training]
     for part in others:
         vars(part)["training"] = training  # past `nn.Module.__setattr__`, which looks for parameters
     try:

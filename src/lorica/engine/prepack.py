@@ -8,6 +8,7 @@ quantised weight is there in full for the time of one product. Refuses to know s
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lorica.engine.native.passes import ROWS, Passes
 
 LEAST = 4
 """Fewer rows are filled up to so many: these kernels read a weight up to a third slower for one row or two."""
@@ -57,7 +60,7 @@ class FrozenMaps:
     """`forward(x)` is `[W₁x + b₁, W₂x + b₂, …]`, `back(dy)` is `Σ dy_k W_k`.
 
     Attributes: `sizes` are the outputs of each map; `bias_O` is theirs side by side, or None; `packs` says whether the
-    products lay the weights out for the CPU's kernels.
+    products lay the weights out for the CPU's kernels; `few` are kernels for up to four rows, where there are some.
     """
 
     def __init__(self, weights: Sequence[Tensor | Stored], biases: Sequence[Tensor | None] = (None,)) -> None:
@@ -69,6 +72,7 @@ class FrozenMaps:
             self.bias_O = torch.cat([z if b is None else b for z, b in zip(zeros, biases, strict=True)])
         self._biases = biases
         self.packs = False
+        self.few: Passes | None = None
         self._forward: PackedWeight | None = None
         self._back: PackedWeight | None = None
 
@@ -77,8 +81,15 @@ class FrozenMaps:
         """The weights that are there in full all the time."""
         return [w for w in self._weights if isinstance(w, Tensor)]
 
+    @property
+    def bytes(self) -> int:
+        """Of the weights in full."""
+        return sum(math.prod(w.shape) * w.dtype.itemsize for w in self._weights)
+
     def forward(self, x_NI: Tensor) -> Tensor:
         """The outputs of all maps side by side [N, ΣO]."""
+        if self.few is not None and x_NI.shape[0] <= ROWS:
+            return self.few.linear_forth(x_NI, self.dense, self.bias_O)
         if self.packs:
             if self._forward is None:
                 self._forward = PackedWeight(torch.cat(self.dense), self.bias_O)
@@ -88,6 +99,8 @@ class FrozenMaps:
 
     def back(self, dy_NO: Tensor) -> Tensor:
         """The gradient of the input [N, I], from that of all outputs side by side."""
+        if self.few is not None and dy_NO.shape[0] <= ROWS:
+            return self.few.linear_back(dy_NO, self.dense)
         if self.packs:
             if self._back is None:
                 self._back = PackedWeight(torch.cat(self.dense).T, None)

@@ -15,7 +15,7 @@ import torch
 
 from lorica.adapters.adapter import Adapter
 from lorica.engine.chain import chain_of
-from lorica.engine.fast import hooked
+from lorica.engine.groups import hooked
 from lorica.engine.replay import GRAPHS
 from lorica.engine.route import Stack
 from lorica.engine.trunk import Trunk

@@ -40,6 +40,7 @@ class EngineSettings(Config):
     )
     attention_group: int = Field(0, ge=0, description="tokens of a shifted group; 0 is a quarter of each sequence")
     graphs: bool = Field(True, description="replays passes that come again as CUDA graphs, where there is a GPU")
+    native: bool = Field(True, description="kernels in C on a CPU, where the machine has a C compiler")
     deterministic: bool = Field(False, description="no two requests share a computation; results are bitwise equal")
 
     def shifted(self) -> Shifted | None:

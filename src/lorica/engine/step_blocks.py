@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from lorica.engine.abilities import FAILURES, close
 from lorica.engine.attention import HUB
 from lorica.engine.executor import Executor
-from lorica.engine.fused import Gated, norm_of, probe
+from lorica.engine.fused import FusedNorm, Gated, norm_of, probe
+from lorica.engine.native.kernels import LANES, Kernels
+from lorica.engine.native.nodes import is_silu
 
 Joined = Callable[[Tensor], Tensor]
 """The outputs [R, ΣO] of maps of one input [..., I], side by side."""
@@ -44,12 +46,17 @@ class Rotary:
     heads: tuple[int, int, int]
     settings: Mapping[str, Any]
 
-    def turned(self, y_RO: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor, Tensor]:
+    def turned(
+        self, y_RO: Tensor, rotations: Rotations, kernels: Kernels | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [R, H, 1, K], keys and values [R, G, 1, K] from the three maps' outputs side by side. Queries and
         keys are in float32 at least.
         """
         queries, groups, dim = self.heads
         y_RSK = y_RO.view(y_RO.shape[0], queries + 2 * groups, dim)
+        if kernels is not None:
+            q_RHK, k_RGK = kernels.turn(y_RO, self.norm_SK, *rotations, self.heads, self.eps)
+            return q_RHK[:, :, None], k_RGK[:, :, None], y_RSK[:, queries + groups :, None]
         x_RSK = y_RSK[:, : queries + groups]
         x_RSK = x_RSK.to(torch.promote_types(x_RSK.dtype, torch.float32))
         if self.norm_SK is not None:
@@ -79,20 +86,50 @@ def signed(given: Rotations) -> Rotations:
     dtype = torch.promote_types(cos_R1K.dtype, torch.float32)
     cos_R1K, sin_R1K = cos_R1K.to(dtype), sin_R1K.to(dtype, copy=True)
     sin_R1K[..., : sin_R1K.shape[-1] // 2].neg_()
-    return cos_R1K, sin_R1K
+    return cos_R1K.contiguous(), sin_R1K
+
+
+class NormStep:
+    """The forward of a norm for one token of each row, and of the sum before it."""
+
+    def __init__(self, norm: FusedNorm, plain: Callable[[Tensor], Tensor], kernels: Kernels) -> None:
+        self.factor_D, self.eps, self.plain, self.kernels = norm.factor.contiguous(), norm.eps, plain, kernels
+
+    def _fits(self, *tensors: Tensor) -> bool:
+        return all(x.dtype == self.kernels.dtype and x.is_contiguous() for x in tensors)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.kernels.norm(x, self.factor_D, self.eps) if self._fits(x) else self.plain(x)
+
+    def after(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """`x + branch`, and its norm."""
+        if self._fits(x, branch):
+            return self.kernels.sum_norm(x, branch, self.factor_D, self.eps)
+        x = x + branch
+        return x, self(x)
+
+
+def norm_step(norm: FusedNorm, kernels: Kernels | None) -> Callable[[Tensor], Tensor] | None:
+    """How a norm computes one token of each row; None for its own way."""
+    plain = norm.in_one_call
+    if plain is None or kernels is None or norm.factor.shape[0] % LANES:
+        return plain
+    return NormStep(norm, plain, kernels)
 
 
 class RotaryStep:
     """The forward of an attention module for one token of each row."""
 
-    def __init__(self, rotary: Rotary, qkv: Joined, out: Joined, turn: Turn) -> None:
+    def __init__(self, rotary: Rotary, qkv: Joined, out: Joined, turn: Turn, kernels: Kernels | None) -> None:
         self.rotary, self.qkv, self.out, self.turn = rotary, qkv, out, turn
+        self.kernels = kernels if rotary.heads[2] % LANES == 0 else None
+        self.settings = {**rotary.settings, "kernels": self.kernels}
         self.attend = rotary.module.__dict__[HUB]
 
     def __call__(self, hidden_states: Tensor, position_embeddings: Rotations, **_: Any) -> tuple[Tensor, None]:
         rotary = self.rotary
-        q, k, v = rotary.turned(self.qkv(hidden_states), self.turn(position_embeddings))
-        y_R1HK, _weights = self.attend(rotary.module, q, k, v, None, **rotary.settings)
+        q, k, v = rotary.turned(self.qkv(hidden_states), self.turn(position_embeddings), self.kernels)
+        y_R1HK, _weights = self.attend(rotary.module, q, k, v, None, **self.settings)
         y_R1D = y_R1HK.reshape(*hidden_states.shape[:2], -1).to(hidden_states.dtype)
         return self.out(y_R1D).view(hidden_states.shape), None
 
@@ -100,11 +137,16 @@ class RotaryStep:
 class GatedStep:
     """The forward of a gated block for one token of each row."""
 
-    def __init__(self, block: Gated, both: Joined, down: Joined) -> None:
+    def __init__(self, block: Gated, both: Joined, down: Joined, kernels: Kernels | None) -> None:
         self.block, self.both, self.down = block, both, down
+        fits = cast(nn.Linear, block.gate).out_features % LANES == 0
+        self.kernels = kernels if kernels is not None and fits and is_silu(block, kernels.dtype) else None
 
     def __call__(self, x_R1D: Tensor) -> Tensor:
-        gate_RF, up_RF = self.both(x_R1D).chunk(2, dim=-1)
+        both_RF = self.both(x_R1D)
+        if self.kernels is not None:
+            return self.down(self.kernels.gate(both_RF)).view(x_R1D.shape)
+        gate_RF, up_RF = both_RF.chunk(2, dim=-1)
         return self.down(self.block.make(gate_RF, up_RF)).view(x_R1D.shape)
 
 

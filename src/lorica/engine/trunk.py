@@ -73,7 +73,7 @@ class Trunk:
     @contextmanager
     def modes(self, *, training: bool) -> Iterator[None]:
         """Inside, every module is in this mode; afterwards each is in its own again."""
-        with in_mode(self.host.model, training=training):
+        with in_mode(self.backbone.tree.modules, training=training):
             yield
 
     def virtual(self, stacks: Sequence[Stack]) -> list[tuple[int, int]]:

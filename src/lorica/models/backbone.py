@@ -25,6 +25,7 @@ from lorica.models.quantize.config import Quantization
 from lorica.models.quantize.linear import QuantizedLinear
 from lorica.models.quantize.state import STATE
 from lorica.models.sites import Place, list_places
+from lorica.models.tree import Tree
 
 SAMPLES = 1024
 """Elements of a tensor that the fingerprint reads; smaller tensors are read whole."""
@@ -60,6 +61,7 @@ class Backbone:
         origin: str = "",
     ) -> None:
         self.module = module
+        self.tree = Tree(module)
         self.name = name
         self.quantization = quantization
         self.origin = origin
@@ -110,7 +112,7 @@ class Backbone:
 
     def packed_modules(self) -> Iterator[QuantizedLinear]:
         """The modules whose weight is packed."""
-        return (module for module in self.module.modules() if isinstance(module, QuantizedLinear))
+        return iter(self.tree.packed)
 
     def parameter_count(self) -> int:
         """Weights and biases, packed ones too, each once."""
@@ -175,7 +177,7 @@ class Backbone:
 
     def refresh(self) -> None:
         """Forget what was computed from weights if one was written, moved or replaced since this was called last."""
-        tensors = [*self.module.parameters(), *(m.packed.parts["codes"] for m in self.packed_modules())]
+        tensors = [*self.tree.parameters, *(m.packed.parts["codes"] for m in self.tree.packed)]
         stamp = tuple((p.data_ptr(), p._version, p.dtype, p.device) for p in tensors)
         if stamp != self._stamp and self._stamp is not None:
             self.invalidate()
@@ -183,7 +185,7 @@ class Backbone:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has weights and modules of its own, so it starts without what was computed from these."""
-        return {**self.__dict__, "kept": {}, "_stamp": None, "_weights": {}}
+        return {**self.__dict__, "kept": {}, "_stamp": None, "_weights": {}, "tree": Tree(self.module)}
 
     def drop(self, site: str) -> None:
         """Forget a site whose module was replaced; its weight is freed with its last user."""

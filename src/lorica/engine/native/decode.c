@@ -1,0 +1,261 @@
+/* What surrounds the matrix products of one decoding step, for rows of one token each.
+
+   In: contiguous memory of torch tensors. Out: the same numbers as torch's own operations up to rounding, in one pass
+   over memory each. `real` is the backbone's dtype; all arithmetic is in float. A row's numbers never depend on another
+   row's. Refuses to know adapters' methods, models and Python; knows neither threads nor allocation. */
+
+#include "lanes.h"
+
+/* sum = x + branch where there is one; y = sum / sqrt(mean(sum^2) + eps) * factor.  [rows, width] */
+void norm(const real *x, const real *branch, const float *factor, real *sum, real *y, long rows, long width, float eps) {
+    for (long n = 0; n < rows; n++, x += width, y += width) {
+        const real *own = x;
+        vec squares = {0};
+        if (branch) {
+            for (long i = 0; i < width; i += LANES) store(sum + i, load(x + i) + load(branch + i));
+            own = sum; sum += width; branch += width;
+        }
+        for (long i = 0; i < width; i += LANES) { vec v = load(own + i); squares += v * v; }
+        float root = 1.0f / __builtin_sqrtf(total(squares) / width + eps);
+        for (long i = 0; i < width; i += LANES) store(y + i, load(own + i) * root * load_float(factor + i));
+    }
+}
+
+/* y = silu(x[:, :width]) * x[:, width:].  x [rows, 2 width] */
+void gate(const real *x, real *y, long rows, long width) {
+    for (long n = 0; n < rows; n++, x += 2 * width, y += width)
+        for (long i = 0; i < width; i += LANES) {
+            vec g = load(x + i);
+            store(y + i, g / (1.0f + exponential(-g)) * load(x + width + i));
+        }
+}
+
+/* Heads normed and rotated, half against half; the sines of the first half are negative.
+   x [rows, stride] holds queries, keys, values side by side; q [rows, queries, dim], k [rows, groups, dim]. */
+void turn(const real *x, const float *factor, const float *cosines, const float *sines, float *q, float *k,
+          long rows, long queries, long groups, long dim, long stride, float eps) {
+    long half = dim / 2;
+    for (long n = 0; n < rows; n++, x += stride, cosines += dim, sines += dim)
+        for (long h = 0; h < queries + groups; h++) {
+            const real *own = x + h * dim;
+            float head[dim], *y = h < queries ? q : k;
+            if (h < queries) q += dim; else k += dim;
+            for (long i = 0; i < dim; i += LANES) store_float(head + i, load(own + i));
+            if (factor) {
+                vec squares = {0};
+                for (long i = 0; i < dim; i += LANES) { vec v = load_float(head + i); squares += v * v; }
+                float root = 1.0f / __builtin_sqrtf(total(squares) / dim + eps);
+                for (long i = 0; i < dim; i += LANES)
+                    store_float(head + i, load_float(head + i) * root * load_float(factor + h * dim + i));
+            }
+            for (long i = 0; i < dim; i++) {
+                long other = i < half ? i + half : i - half;
+                y[i] = head[i] * cosines[i] + head[other] * sines[i];
+            }
+        }
+}
+
+/* Scores of `heads` queries at the slots [from, to) of one key head, written at `scores + slot`, `slots` apart. */
+static void score(const float *q, const float *keys, const float *values, float *scores, long heads, long dim, long slots,
+                  long from, long to, float scale) {
+    long s = from;
+    for (; s + 4 <= to; s += 4)
+        for (long h = 0; h < heads; h++) {
+            const float *k = keys + s * dim;
+            vec a = {0}, b = {0}, c = {0}, d = {0};
+            for (long i = 0; i < dim; i += LANES) {
+                vec v = load_float(q + h * dim + i);
+                a += v * load_float(k + i); b += v * load_float(k + dim + i);
+                c += v * load_float(k + 2 * dim + i); d += v * load_float(k + 3 * dim + i);
+            }
+            if (!h) for (long i = 0; i < 4 * dim; i += 16) __builtin_prefetch(values + s * dim + i);
+            float *out = scores + h * slots + s;
+            out[0] = total(a) * scale; out[1] = total(b) * scale; out[2] = total(c) * scale; out[3] = total(d) * scale;
+        }
+    for (; s < to; s++)
+        for (long h = 0; h < heads; h++) {
+            vec a = {0};
+            for (long i = 0; i < dim; i += LANES) a += load_float(q + h * dim + i) * load_float(keys + s * dim + i);
+            scores[h * slots + s] = total(a) * scale;
+        }
+}
+
+/* Attention of one query of each row over what its row has kept, [first, slot] without what a window hides: with a
+   window a key is seen below `always`, and from slot - window + 1 on.
+   q [rows, heads, dim], k [rows, groups, dim], v [rows] of `v_stride`, keys and values [rows, groups, capacity, dim],
+   y [rows, heads, dim], scratch [heads / groups, capacity]. Writes the newest key and value at `slot`. */
+void attend(const float *q, const float *k, const real *v, float *keys, float *values, real *y, float *scratch,
+            const int64_t *first, const int64_t *always, long rows, long heads, long groups, long dim, long v_stride,
+            long capacity, long slot, long window, float scale) {
+    long own = heads / groups, stop = slot + 1;
+    for (long n = 0; n < rows; n++, v += v_stride)
+        for (long g = 0; g < groups; g++, q += own * dim, k += dim, keys += capacity * dim, values += capacity * dim) {
+            memcpy(keys + slot * dim, k, dim * sizeof *k);
+            for (long i = 0; i < dim; i += LANES) store_float(values + slot * dim + i, load(v + g * dim + i));
+            long begin[2] = {first[n], stop}, end[2] = {stop, stop};
+            if (window && stop - window > first[n]) {
+                end[0] = always[n] > first[n] ? always[n] : first[n];
+                begin[1] = stop - window > end[0] ? stop - window : end[0];
+            }
+            for (int part = 0; part < 2; part++)
+                score(q, keys, values, scratch, own, dim, capacity, begin[part], end[part], scale);
+            for (long h = 0; h < own; h++, y += dim) {
+                float *weight = scratch + h * capacity, most = -__builtin_inff(), sum = 0;
+                for (int part = 0; part < 2; part++)
+                    for (long s = begin[part]; s < end[part]; s++) most = weight[s] <= most ? most : weight[s];
+                float acc[dim];
+                memset(acc, 0, sizeof acc);
+                for (int part = 0; part < 2; part++) {
+                    long s = begin[part];
+                    for (; s + LANES <= end[part]; s += LANES) {
+                        vec w = exponential(load_float(weight + s) - most);
+                        store_float(weight + s, w);
+                        sum += total(w);
+                    }
+                    for (; s < end[part]; s++) {
+                        vec w = exponential((vec){weight[s] - most});
+                        weight[s] = w[0];
+                        sum += w[0];
+                    }
+                    for (s = begin[part]; s + 4 <= end[part]; s += 4)
+                        for (long i = 0; i < dim; i += LANES) {
+                            const float *u = values + s * dim + i;
+                            store_float(acc + i, load_float(acc + i) + weight[s] * load_float(u)
+                                + weight[s + 1] * load_float(u + dim) + weight[s + 2] * load_float(u + 2 * dim)
+                                + weight[s + 3] * load_float(u + 3 * dim));
+                        }
+                    for (; s < end[part]; s++)
+                        for (long i = 0; i < dim; i += LANES)
+                            store_float(acc + i, load_float(acc + i) + weight[s] * load_float(values + s * dim + i));
+                }
+                for (long i = 0; i < dim; i += LANES) store(y + i, load_float(acc + i) / sum);
+            }
+        }
+}
+
+/* Asks for what four streams, `stride` apart, come to next: each is too short for the processor to foresee it. */
+static inline void ahead(const real *next, long stride) {
+    for (int k = 0; k < 4; k++) __builtin_prefetch(next + k * stride);
+}
+
+/* The factors of one row at one map; a null A adapts nothing. A [rank, in], B [rank, out]. */
+typedef struct { const real *a, *b; int64_t rank; } factors;
+
+/* y[n] += x[n] A^T B at every map, side by side.  x [rows, in], y [rows, sum of sizes], hidden [largest rank],
+   wide [in + largest size]; table [rows, maps]. */
+void low_rank(const factors *table, const real *x, real *y, float *hidden, float *wide, const int64_t *sizes,
+              long rows, long in, long maps) {
+    float *out = wide + in;
+    for (long n = 0; n < rows; n++, x += in) {
+        for (long i = 0; i < in; i += LANES) store_float(wide + i, load(x + i));
+        for (long m = 0; m < maps; y += sizes[m], m++, table++) {
+            long rank = table->rank, size = sizes[m], r = 0;
+            if (!rank) continue;
+            for (; r + 4 <= rank; r += 4) {
+                const real *a = table->a + r * in;
+                vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+                for (long i = 0; i < in; i += LANES) {
+                    vec u = load_float(wide + i);
+                    ahead(a + 4 * in + i, in);
+                    s0 += u * load(a + i); s1 += u * load(a + in + i);
+                    s2 += u * load(a + 2 * in + i); s3 += u * load(a + 3 * in + i);
+                }
+                hidden[r] = total(s0); hidden[r + 1] = total(s1); hidden[r + 2] = total(s2); hidden[r + 3] = total(s3);
+            }
+            for (; r < rank; r++) {
+                vec s = {0};
+                for (long i = 0; i < in; i += LANES) s += load_float(wide + i) * load(table->a + r * in + i);
+                hidden[r] = total(s);
+            }
+            for (long o = 0; o < size; o += LANES) store_float(out + o, load(y + o));
+            for (r = 0; r + 4 <= rank; r += 4) {
+                const real *b = table->b + r * size;
+                for (long o = 0; o < size; o += LANES) {
+                    ahead(b + 4 * size + o, size);
+                    store_float(out + o, load_float(out + o) + hidden[r] * load(b + o)
+                        + hidden[r + 1] * load(b + size + o) + hidden[r + 2] * load(b + 2 * size + o)
+                        + hidden[r + 3] * load(b + 3 * size + o));
+                }
+            }
+            for (; r < rank; r++)
+                for (long o = 0; o < size; o += LANES)
+                    store_float(out + o, load_float(out + o) + hidden[r] * load(table->b + r * size + o));
+            for (long o = 0; o < size; o += LANES) store(y + o, load_float(out + o));
+        }
+    }
+}
+
+/* b [out, rank] times scale as [rank, out], which `low_rank` reads. */
+void transpose(const float *b, real *y, long rank, long out, float scale) {
+    for (long o = 0; o < out; o += LANES, b += LANES * rank)
+        for (long r = 0; r < rank; r++) {
+            vec v;
+            for (int k = 0; k < LANES; k++) v[k] = b[k * rank + r];
+            store(y + r * out + o, v * scale);
+        }
+}
+
+#define BLOCK 256
+
+/* exp(slope (l - most)) of one block of logits; returns their sum. */
+static double exponentials(const real *logits, float *out, long count, float most, float slope) {
+    vec sum = {0};
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        vec e = exponential((load(logits + i) - most) * slope);
+        store_float(out + i, e);
+        sum += e;
+    }
+    double all = total(sum);
+    for (; i < count; i++) {
+        out[i] = exponential((vec){(wide_of(logits[i]) - most) * slope})[0];
+        all += out[i];
+    }
+    return all;
+}
+
+static float largest(const real *logits, long count) {
+    float most = -__builtin_inff(), lanes[LANES];
+    vec m = (vec){0} + most;
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) { vec v = load(logits + i); m = choose(v > m, v, m); }
+    store_float(lanes, m);
+    for (int k = 0; k < LANES; k++) most = lanes[k] > most ? lanes[k] : most;
+    for (; i < count; i++) most = wide_of(logits[i]) > most ? wide_of(logits[i]) : most;
+    return most;
+}
+
+/* The next token of each row, and its log-probability without heat: the likeliest where the row's heat is 0, else by
+   the inverse of the heated distribution at the row's uniform number. Where a logit is no number, no log-probability
+   is. mass [vocabulary / BLOCK, rounded up] */
+void draw(const real *logits, const float *heat, const float *uniform, int64_t *token, float *logprob, double *mass,
+          long rows, long vocabulary) {
+    for (long n = 0; n < rows; n++, logits += vocabulary) {
+        double all = 0, heated = 0;
+        float most = largest(logits, vocabulary), own[BLOCK];
+        float slope = heat[n] > 1e-30f ? 1.0f / heat[n] : 1e30f;
+        long best = 0;
+        for (long v = 0, k = 0; v < vocabulary; v += BLOCK, k++) {
+            long count = vocabulary - v < BLOCK ? vocabulary - v : BLOCK;
+            mass[k] = exponentials(logits + v, own, count, most, 1.0f);
+            all += mass[k];
+            if (heat[n] != 0 && slope != 1.0f) mass[k] = exponentials(logits + v, own, count, most, slope);
+            heated += mass[k];
+        }
+        if (heat[n] == 0) {
+            while (best + 1 < vocabulary && wide_of(logits[best]) != most) best++;
+        } else {
+            double left = uniform[n] * heated;
+            long v = 0, k = 0;
+            for (; v + BLOCK < vocabulary && mass[k] <= left; v += BLOCK, k++) left -= mass[k];
+            long count = vocabulary - v < BLOCK ? vocabulary - v : BLOCK;
+            exponentials(logits + v, own, count, most, slope);
+            for (long i = 0; i < count; i++) {
+                if (own[i] > 0) best = v + i; /* the limit, should rounding leave more than there is */
+                if ((left -= own[i]) < 0) break;
+            }
+        }
+        token[n] = best;
+        logprob[n] = wide_of(logits[best]) - most - logf((float)all);
+    }
+}

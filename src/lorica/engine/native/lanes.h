@@ -1,0 +1,81 @@
+/* Sixteen numbers at a time. `real` is the dtype of a backbone, float or (with -DHALF) bfloat16; all arithmetic is in
+   float. In: contiguous memory. Refuses to know what is computed. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define LANES 16
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+
+static inline vec load_float(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
+static inline void store_float(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+#ifdef HALF /* bfloat16: the upper half of a float */
+typedef uint16_t real;
+static inline float wide_of(real v) { union { uint32_t u; float f; } c = {(uint32_t)v << 16}; return c.f; }
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+static inline vec load(const real *p) {
+#ifdef __AVX512F__ /* gcc 12 takes five instructions for the conversion below */
+    return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+#else
+    halves h; memcpy(&h, p, sizeof h);
+    return (vec)(__builtin_convertvector(h, bits) << 16);
+#endif
+}
+static inline void store(real *p, vec v) { /* to the nearest, ties to even; what is no number stays none */
+#ifdef __AVX512BF16__
+    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    memcpy(p, &h, sizeof h);
+#else
+    bits b = (bits)v, odd = (b >> 16) & 1, nan = (bits)((b & 0x7fffffff) > 0x7f800000);
+    b = (((b + 0x7fff + odd) >> 16) & ~nan) | (0x7fc0 & nan);
+    halves h = __builtin_convertvector(b, halves);
+    memcpy(p, &h, sizeof h);
+#endif
+}
+static inline vec rounded(vec v) { real all[LANES]; store(all, v); return load(all); }
+#else
+typedef float real;
+static inline float wide_of(real v) { return v; }
+static inline vec load(const real *p) { return load_float(p); }
+static inline void store(real *p, vec v) { store_float(p, v); }
+static inline vec rounded(vec v) { return v; }
+#endif
+
+static inline real narrow_of(float f) { real all[LANES]; store(all, (vec){f}); return all[0]; }
+static inline vec choose(ints which, vec yes, vec no) { return (vec)(((ints)yes & which) | ((ints)no & ~which)); }
+
+typedef float vec8 __attribute__((vector_size(32)));
+typedef float vec4 __attribute__((vector_size(16)));
+
+static inline float total(vec v) {
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    vec8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+#else
+    vec8 h[2]; memcpy(h, &v, sizeof h); h[0] += h[1];
+    vec4 q[2]; memcpy(q, h, sizeof q);
+    vec4 b = q[0] + q[1];
+#endif
+    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+static inline vec exponential(vec x) { /* Cody and Waite's reduction; relative error below 2e-7 in [-87, 88] */
+    const vec zero = {0};
+    x = choose(x < -87.0f, zero - 87.0f, x); /* what is no number stays none */
+    x = choose(x > 88.0f, zero + 88.0f, x);
+    vec shifted = x * 1.44269504f + 12582912.0f; /* 1.5 · 2^23: the integer is in the lowest bits now */
+    ints n = (ints)shifted - 0x4b400000;
+    vec whole = shifted - 12582912.0f, r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f; p = p * r + 4.1665795894e-2f; p = p * r + 1.6666665459e-1f; p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * (vec)((n + 127) << 23);
+}

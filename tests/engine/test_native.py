@@ -1,0 +1,271 @@
+"""Kernels in C give what torch's operations give, whatever the batch, and nobody can tell from the numbers of a row."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lorica.data.example import Example
+from lorica.engine import few_rows
+from lorica.engine.engine import Engine, Item
+from lorica.engine.groups import groups_of
+from lorica.engine.host import Host
+from lorica.engine.kv_lane import Kept, Lane
+from lorica.engine.native.kernels import LANES, Kernels, LowRank
+from lorica.engine.native.passes import Passes
+from lorica.engine.native.proved import kernels_for, passes_for
+from lorica.engine.sample import generate
+from lorica.methods import make_method
+from lorica.sampling.logits import choose
+from lorica.sampling.params import SamplingParams
+from tests.engine.test_sample import METHODS, SPECS, prompts
+from tests.tiny import tiny
+
+DTYPES = [torch.float32, torch.bfloat16]
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
+pytestmark = pytest.mark.skipif(kernels_for(torch.float32) is None, reason="there is no C compiler on this machine")
+
+
+def steps(dtype: torch.dtype = torch.float32) -> Kernels:
+    found = kernels_for(dtype)
+    assert found is not None
+    return found
+
+
+def passes(dtype: torch.dtype = torch.float32) -> Passes:
+    found = passes_for(dtype)
+    assert found is not None
+    return found
+
+
+def served(family: str, dtype: torch.dtype, *, native: bool) -> Host:
+    """Adapters of every kind of update on a model whose widths the kernels take."""
+    host = Host(tiny(family, dtype=dtype, **SIZES)).set_native(native)
+    for seed, name in enumerate(METHODS):
+        adapter = host.add(name, METHODS[name], seed=seed)
+        adapter.flat.add_(0.1 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(seed)))
+    return host
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+def test_a_mixed_batch_samples_what_it_samples_without_kernels(family: str, dtype: torch.dtype) -> None:
+    rows = list(zip(prompts(len(SPECS)), SPECS, strict=True))
+    params = SamplingParams(max_tokens=8)
+    with_, without = (generate(served(family, dtype, native=native), rows, params) for native in (True, False))
+    same = 0
+    for one, other in zip(with_, without, strict=True):
+        # a greedy choice between near equals may fall otherwise by rounding, and everything behind it with it
+        until = next((i for i, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=True)) if a != b), 8)
+        assert one.logprobs[:until] == pytest.approx(
+            other.logprobs[:until], abs=1e-4 if dtype == torch.float32 else 0.1
+        )
+        same += until
+    assert same >= (8 if dtype == torch.float32 else 4) * len(rows)
+
+
+def test_sampling_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for owner, names in ((Kernels, ("norm", "sum_norm", "gate", "turn", "attend", "draw")), (LowRank, ("add",))):
+        for name in names:
+            own = getattr(owner, name)
+            monkeypatch.setattr(owner, name, lambda *a, own=own, name=name, **k: (called.append(name), own(*a, **k))[1])
+    rows = [(prompt, name) for prompt, name in zip(prompts(3), ("lora", "wide", None), strict=True)]
+    generate(served("qwen3", torch.float32, native=True), rows, SamplingParams(max_tokens=3))
+    assert set(called) == {"norm", "sum_norm", "gate", "turn", "attend", "draw", "add"}
+    called.clear()
+    generate(served("qwen3", torch.float32, native=False), rows, SamplingParams(max_tokens=3))
+    assert not called
+
+
+def lane_of(totals: list[int], prefixes: list[int], gaps: list[int], module: nn.Module, groups: int, dim: int) -> Lane:
+    """Rows of several lengths, some behind prefixes that the module leaves out in part."""
+    lane, rng = Lane(torch.device("cpu")), torch.Generator().manual_seed(0)
+    lane.arrange(len(totals), max(totals) + 4, max(totals) - 1)
+    for total, prefix, gap in zip(totals, prefixes, gaps, strict=True):
+        pair = [torch.randn(groups, total - gap, dim, generator=rng) for _ in range(2)]
+        lane.put(Kept(total, prefix, {module: (pair[0], pair[1])}), total + 4)
+    lane.advance()
+    return lane
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    totals=st.lists(st.integers(3, 40), min_size=1, max_size=4),
+    prefix=st.integers(0, 2),
+    gap=st.integers(0, 2),
+    window=st.sampled_from([None, 1, 3, 17, 100]),
+    heads=st.sampled_from([(1, 1), (2, 1), (6, 2)]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_attention_sees_the_same_keys(
+    totals: list[int], prefix: int, gap: int, window: int | None, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    module, rows, (count, groups) = nn.Identity(), len(totals), heads
+    prefixes = [prefix if row % 2 else 0 for row in range(rows)]
+    gaps = [min(gap, own) for own in prefixes]
+    q, k, v = (torch.randn(rows, n, 1, LANES) for n in (count, groups, groups))
+    v = v.to(dtype)
+    given_, wanted = (
+        lane_of(totals, prefixes, gaps, module, groups, LANES).attend(
+            module, q, k, v, sliding_window=window, kernels=kernels
+        )
+        for kernels in (steps(dtype), None)
+    )
+    assert torch.allclose(given_.float(), wanted, atol=1e-5 if dtype == torch.float32 else 0.02)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    vocabulary=st.integers(1, 1500),
+    heats=st.lists(st.sampled_from([0.0, 1e-38, 0.1, 1.0, 3.0]), min_size=1, max_size=5),
+    seed=st.integers(0, 2**31),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_a_token_is_drawn_as_torch_draws_it(vocabulary: int, heats: list[float], seed: int, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    logits = (4 * torch.randn(len(heats), vocabulary, generator=rng)).to(dtype)
+    uniform = [torch.rand((), generator=torch.Generator().manual_seed(i)).item() for i in range(len(heats))]
+    tokens, logprobs = steps(dtype).draw(logits, heats, uniform)
+    params = [SamplingParams(max_tokens=1, temperature=heat) for heat in heats]
+    wide = logits.float().log_softmax(-1)
+    wanted = choose(wide, params, [torch.Generator().manual_seed(i) for i in range(len(heats))])
+    assert logprobs == pytest.approx(wide.gather(1, tokens[:, None])[:, 0], abs=1e-5)
+    for row, (token, other, heat) in enumerate(zip(tokens.tolist(), wanted.tolist(), heats, strict=True)):
+        if token == other:
+            continue
+        if heat < 1e-3:  # two logits of one value, which half precision has often
+            assert logits[row, token] == logits[row, other]
+            continue
+        # a number that falls on the border of two tokens, up to rounding
+        mass = (wide[row].double() / heat).softmax(-1).cumsum(-1)
+        assert abs(mass[min(token, other)] - uniform[row]) < 1e-5
+
+
+def test_logits_that_are_no_numbers_give_a_log_probability_that_is_none() -> None:
+    logits = torch.zeros(3, 40)
+    logits[0, 7], logits[1, 3] = math.nan, math.inf
+    _, logprobs = steps().draw(logits, [1.0, 0.0, 1.0], [0.5, 0.0, 0.5])
+    assert logprobs.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_rows_numbers_do_not_depend_on_the_other_rows_bit_for_bit(threads: int) -> None:
+    rng, rows, before = torch.Generator().manual_seed(0), 7, torch.get_num_threads()
+    logits = torch.randn(rows, 100_000, generator=rng)
+    x, y = torch.randn(rows, 256, generator=rng), torch.randn(rows, 6 * 256, generator=rng)
+    factors: list[list[tuple[Tensor, Tensor] | None]] = [
+        [(torch.randn(40 + row, 256, generator=rng), torch.randn(40 + row, 6 * 256, generator=rng))]
+        for row in range(rows)
+    ]
+    torch.set_num_threads(threads)
+    try:
+        tokens, logprobs = steps().draw(logits, [1.0] * rows, [0.4] * rows)
+        together = y.clone()
+        LowRank(steps(), factors, [6 * 256]).add(x, together)
+        for row in range(rows):
+            own = slice(row, row + 1)
+            token, logprob = steps().draw(logits[own], [1.0], [0.4])
+            assert (token.item(), logprob.item()) == (tokens[row].item(), logprobs[row].item())
+            alone = y[own].clone()
+            LowRank(steps(), factors[own], [6 * 256]).add(x[own], alone)
+            assert torch.equal(alone, together[own])
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def gradients(host: Host, rows: list[tuple[list[int], str | None]]) -> dict[str, Tensor]:
+    engine = Engine(host)
+    results = engine.forward_backward([Item(Example.whole(ids), name) for ids, name in rows])
+    losses = torch.tensor([result.loss for result in results])
+    return {"losses": losses} | {name: host.adapter(name).grad.clone() for name in METHODS}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [([5, 6, 7, 8], "lora")],
+        [([5, 6, 7], "wide")],
+        [(list(range(5, 35)), "lora")],
+        [(list(range(5, 45)), "lora"), ([9, 8, 7], None)],
+        [([*prompt, 9, 4], name) for prompt, name in zip(prompts(9), METHODS, strict=True)],
+    ],
+    ids=["few", "with a bias", "some", "many", "mixed"],
+)
+def test_losses_and_gradients_are_those_without_kernels(
+    family: str, dtype: torch.dtype, rows: list[tuple[list[int], str | None]]
+) -> None:
+    with_, without = (gradients(served(family, dtype, native=native), rows) for native in (True, False))
+    for name, wanted in without.items():
+        error = (with_[name] - wanted).norm() / wanted.norm().clamp_min(1e-6)
+        assert error < (1e-5 if dtype == torch.float32 else 0.03), name
+
+
+def test_few_rows_of_one_adapter_are_one_call_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, seen = served("qwen3", torch.float32, native=True), []
+    own = few_rows._FewRows.forward
+    monkeypatch.setattr(few_rows._FewRows, "forward", staticmethod(lambda *a: (seen.append(a[5]), own(*a))[1]))
+    gradients(host, [([5, 6, 7, 8], "lora")])
+    layers = len(host.backbone.blocks)
+    assert len(seen) == 4 * layers
+    assert seen.count(2) == layers, "what `down` reads is made again from gate and up"
+
+
+def test_frozen_factors_get_no_gradient_of_few_rows() -> None:
+    host = Host(tiny("qwen3", **SIZES))
+    adapter = host.add("fa", make_method("lora_fa", rank=4))
+    adapter.flat.add_(0.1)
+    Engine(host).forward_backward([Item(Example.whole([5, 6, 7, 8]), "fa")])
+    kernels = adapter.grad.clone()
+    adapter.grad.zero_()
+    host.set_native(False)
+    Engine(host).forward_backward([Item(Example.whole([5, 6, 7, 8]), "fa")])
+    assert (kernels - adapter.grad).norm() < 1e-5 * adapter.grad.norm()
+    assert adapter.grad.abs().max() > 0
+
+
+def test_products_of_few_rows_read_the_weights_themselves_and_larger_ones_a_layout() -> None:
+    host = Host(tiny("qwen3", **SIZES))
+    group = groups_of(host.executor)[0]
+    assert group.maps.few is not None
+    for rows in (1, 4, 5):
+        x, dy = torch.randn(rows, 64), torch.randn(rows, sum(group.maps.sizes))
+        whole = torch.cat(group.maps.dense)
+        assert torch.allclose(group.maps.forward(x), x @ whole.T, atol=1e-5)
+        assert torch.allclose(group.maps.back(dy), dy @ whole, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 70), width=st.sampled_from([16, 48, 256]), dtype=st.sampled_from(DTYPES))
+def test_norms_and_gates_have_torchs_gradients(rows: int, width: int, dtype: torch.dtype) -> None:
+    both = torch.randn(rows, 2 * width).to(dtype)
+    gate, up = both.split(width, dim=1)
+    dy, factor = torch.randn(rows, width).to(dtype), torch.randn(width)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    x = both[:, :width].float().contiguous().requires_grad_()
+    y = torch.nn.functional.rms_norm(x, (width,), factor, 1e-6)
+    (dx,) = torch.autograd.grad(y, x, dy.float())
+    own = both[:, :width].contiguous()
+    got, root = passes(dtype).norm_forth(own, factor, 1e-6, rounded=False)
+    assert torch.allclose(got.float(), y, rtol=0.02, atol=tolerance)
+    assert torch.allclose(passes(dtype).norm_back(dy, own, factor, root).float(), dx, rtol=0.02, atol=tolerance)
+    wide = [part.float().requires_grad_() for part in (gate, up)]
+    made = torch.nn.functional.silu(wide[0]) * wide[1]
+    wanted = torch.autograd.grad(made, wide, dy.float())
+    assert torch.allclose(passes(dtype).gate_forth(gate, up).float(), made, rtol=0.02, atol=tolerance)
+    for got, other in zip(passes(dtype).gate_back(dy, gate, up), wanted, strict=True):
+        assert torch.allclose(got.float(), other, rtol=0.02, atol=tolerance)
