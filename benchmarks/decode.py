@@ -51,8 +51,8 @@ class Ours:
 
     def __init__(self, host: Host, names: list[str | None]) -> None:
         self.host = host
-        rng = torch.Generator().manual_seed(0)
-        self.rows = [(torch.randint(3, VOCABULARY, (PROMPT,), generator=rng).tolist(), name) for name in names]
+        rng, vocabulary = torch.Generator().manual_seed(0), host.backbone.weight("input").matrix().shape[1]
+        self.rows = [(torch.randint(3, vocabulary, (PROMPT,), generator=rng).tolist(), name) for name in names]
 
     def __call__(self, tokens: int) -> None:
         generate(self.host, self.rows, SamplingParams(max_tokens=tokens))
