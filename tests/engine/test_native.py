@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lorica.core.update import LinearUpdate
+from lorica.core.update import LowRank as Factors
 from lorica.data.example import Example
 from lorica.engine import few_rows
 from lorica.engine.engine import Engine, Item
+from lorica.engine.factors import fold
 from lorica.engine.groups import groups_of
 from lorica.engine.host import Host
 from lorica.engine.kv_lane import Kept, Lane
@@ -71,6 +74,20 @@ def test_a_mixed_batch_samples_what_it_samples_without_kernels(family: str, dtyp
         )
         same += until
     assert same >= (8 if dtype == torch.float32 else 4) * len(rows)
+
+
+@pytest.mark.parametrize("method", ["singlora", "miss", "lora_xs", "pissa", "multilora", "lora_fa"])
+def test_factors_that_lie_otherwise_in_memory_sample_what_they_sample_without_kernels(method: str) -> None:
+    rows = [(prompt, "a") for prompt in prompts(2)]
+    found = []
+    for native in (True, False):
+        host = Host(tiny("qwen3", **SIZES)).set_native(native)
+        adapter = host.add("a", make_method(method, rank=4), seed=0)
+        adapter.flat.add_(0.1 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1)))
+        found.append(generate(host, rows, SamplingParams(max_tokens=4)))
+    for one, other in zip(*found, strict=True):
+        assert one.tokens == other.tokens
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
 
 def test_sampling_goes_through_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,3 +286,14 @@ def test_norms_and_gates_have_torchs_gradients(rows: int, width: int, dtype: tor
     assert torch.allclose(passes(dtype).gate_forth(gate, up).float(), made, rtol=0.02, atol=tolerance)
     for got, other in zip(passes(dtype).gate_back(dy, gate, up), wanted, strict=True):
         assert torch.allclose(got.float(), other, rtol=0.02, atol=tolerance)
+
+
+def test_a_transposed_factor_is_laid_out_for_the_kernels() -> None:
+    A_RI, B_OR = torch.randn(32, 4).mT, torch.randn(48, 4)
+    folded = fold([LinearUpdate(factors=(Factors(A_RI, B_OR, 2.0),))], None, torch.float32, steps())
+    assert folded is not None
+    assert folded.A_RI is not None
+    assert folded.B_OR is not None
+    x, y = torch.randn(2, 32), torch.zeros(2, 48)
+    LowRank(steps(), [[(folded.A_RI, folded.B_OR.mT)]] * 2, [48]).add(x, y)
+    assert torch.allclose(y, 2 * x @ A_RI.mT @ B_OR.mT, atol=1e-4)

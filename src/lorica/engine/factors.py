@@ -77,7 +77,8 @@ def _low_rank(
     if len(factors) == 1 and kernels is not None and first.mid_R is None and first.post_O is None:
         B_RO = kernels.transposed(first.B_OR, first.scale)
         if B_RO is not None:
-            return first.A_RI.to(dtype, copy=True), B_RO.mT
+            # a transposed A would keep its strides in a copy, and the kernels know none
+            return first.A_RI.to(dtype, copy=True, memory_format=torch.contiguous_format), B_RO.mT
     plain = [factor.folded() for factor in factors]
     B_RO = torch.cat([f.B_OR.mT for f in plain]).to(dtype)
     return torch.cat([f.A_RI for f in plain]).to(dtype), B_RO.mT

@@ -84,6 +84,9 @@ class Kernels:
         assert x_RD.dtype == self.dtype
         assert x_RD.is_contiguous()
         (rows, stride), (queries, groups, dim) = x_RD.shape, heads
+        for turn in (cos_RK, sin_RK):
+            assert turn.numel() == rows * dim
+            assert turn.is_contiguous()
         q_RHK, k_RGK = torch.empty(rows, queries, dim), torch.empty(rows, groups, dim)
         factor = None if factor_SK is None else factor_SK.data_ptr()
         pointers = (t.data_ptr() for t in (cos_RK, sin_RK, q_RHK, k_RGK))
@@ -162,6 +165,7 @@ class LowRank:
     ) -> None:
         self._held = rows  # the table below holds addresses alone
         known = [pair for row in rows for pair in row if pair is not None]
+        assert all(f.is_contiguous() and f.dtype == kernels.dtype for pair in known for f in pair)
         self._ranks, self._inputs = max(a.shape[0] for a, _ in known), known[0][0].shape[1]
         table = [[_entry(pair) for pair in row] for row in rows]
         self._table, self._sizes, self._largest = torch.tensor(table), torch.tensor(sizes), max(sizes)
