@@ -34,6 +34,27 @@ def test_leaves_are_views_of_the_flat_row_and_their_gradients_of_the_gradient_ro
     assert adapter.tensors(SITE)["A"] is leaf
 
 
+def test_a_gradient_row_is_copied_only_where_it_is_not_zero_and_put_back_as_it_was() -> None:
+    adapter = made()
+    fresh = adapter.remember()
+    assert fresh.grad is None
+    (adapter.tensors(SITE)["A"] * 3).sum().backward()
+    adapter.forwards += 1
+    written = adapter.remember()
+    assert written.grad is not None
+    assert torch.equal(written.grad, adapter.grad)
+    (adapter.tensors(SITE)["B"] * 2).sum().backward()
+    adapter.restore(written)
+    assert torch.equal(adapter.grad, written.grad)
+    assert adapter.forwards == 1
+    adapter.restore(fresh)
+    assert not adapter.grad.any()
+    assert adapter.forwards == 0
+    assert adapter.remember().grad is None
+    adapter.grad_written()
+    assert adapter.remember().grad is not None
+
+
 def test_setting_a_tensor_is_seen_by_leaves_that_exist() -> None:
     adapter = made("pissa")
     own = adapter.tensors(SITE)

@@ -6,6 +6,7 @@ A CPU has none; the tests give it one, and run on CUDA too where that is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -130,6 +131,31 @@ def test_gradients_that_a_foreign_optimiser_detached_are_not_lost(build: Build) 
         found.append(adapter.collect_grad().clone())
     for own in found[1:]:
         torch.testing.assert_close(own, found[0], rtol=1e-9, atol=1e-12)
+
+
+def test_an_error_after_replayed_passes_keeps_what_they_accumulated(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = build(True)
+    engine, adapter = Engine(host), host.adapter("lora")
+    for _ in range(2):
+        engine.forward_backward(items(0, names=("lora",)))
+    adapter.zero_grad()
+    engine.forward_backward(items(0, names=("lora",)))
+    assert engine._replays().replayed == 1
+    one = adapter.grad.clone()
+    assert one.any()
+    micro, seen = engine._micro, []
+
+    def fails(*given: Any) -> Any:
+        seen.append(micro(*given))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_micro", fails)
+    with pytest.raises(KeyboardInterrupt):
+        engine.forward_backward(items(0, names=("lora",)))
+    assert len(seen) == 1
+    assert torch.equal(adapter.grad, one)
 
 
 def test_sampling_with_replayed_steps_is_sampling_without(build: Build) -> None:

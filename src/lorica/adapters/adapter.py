@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ from lorica.core.update import Update
 from lorica.methods.base import BaseWeight, Method
 
 WeightOf = Callable[[str], BaseWeight]
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What training passes change, to go back to: a gradient row, None where it is zero, and the count of passes."""
+
+    grad: Tensor | None
+    forwards: int
 
 
 class Adapter:
@@ -55,6 +64,7 @@ class Adapter:
         self.frozen: dict[str, dict[str, Tensor]] = {}
         self._kept: list[Shared] = []
         self._grad: Tensor | None = None
+        self._zeroed = -1
         self._leaves: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -71,6 +81,7 @@ class Adapter:
         """The gradient row; leaves accumulate into it in place."""
         if self._grad is None:
             self._grad = torch.zeros_like(self.flat)
+            self._zeroed = self._grad._version
         return self._grad
 
     def initialise(self, weight_of: WeightOf) -> Adapter:
@@ -210,7 +221,24 @@ class Adapter:
 
     def zero_grad(self) -> None:
         """Zero the gradient row in place."""
-        self.grad.zero_()
+        self._zeroed = self.grad.zero_()._version
+
+    def grad_written(self) -> None:
+        """Note that the gradient row was written to. Torch counts its own writes, but not those of a recording."""
+        self._zeroed = -1
+
+    def remember(self) -> Mark:
+        """The state before a pass. The row of a step's first pass is zero and is not copied."""
+        zero = self.grad._version == self._zeroed
+        return Mark(None if zero else self.grad.clone(), self.forwards)
+
+    def restore(self, mark: Mark) -> None:
+        """Back to a mark."""
+        if mark.grad is None:
+            self.zero_grad()
+        else:
+            self.grad.copy_(mark.grad)
+        self.forwards = mark.forwards
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Adapter:
         """Move or cast every tensor; leaves are made anew, and an optimiser that was made before must be too."""

@@ -87,9 +87,10 @@ class Engine:
         alone = not self.trunk.packs()
         trained = [adapter for stack in stacks for adapter in stack if backward and not adapter.held]
         adapters = dict.fromkeys(trained)
-        before = {adapter: (adapter.grad.clone(), adapter.forwards) for adapter in adapters}
+        before = {adapter: adapter.remember() for adapter in adapters}
         for adapter in adapters:
             adapter.forwards += 1
+            adapter.grad_written()
         call = _Call(data, [i.loss for i in items], stacks, numbered(stacks), {a: a.forwards for a in adapters})
         results: list[Result | None] = [None] * len(items)
         try:
@@ -98,9 +99,8 @@ class Engine:
                     for index, result in zip(chunk, self._micro(call, chunk, backward), strict=True):
                         results[index] = result
         except BaseException:
-            for adapter, (grad, forwards) in before.items():
-                adapter.grad.copy_(grad)
-                adapter.forwards = forwards
+            for adapter, mark in before.items():
+                adapter.restore(mark)
             raise
         return [result for result in results if result is not None]
 

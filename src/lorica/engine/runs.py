@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapters import files
-from lorica.adapters.adapter import Adapter
+from lorica.adapters.adapter import Adapter, Mark
 from lorica.adapters.layout import GLOBAL, Layout
 from lorica.adapters.lineage import parent_at
 from lorica.adapters.parents import born, check_beneath
@@ -68,25 +68,12 @@ class Run:
 
     def remember(self) -> Mark:
         """The gradient and the counter, to go back to."""
-        adapter, _ = self.live()
-        return Mark(adapter.grad.clone() if self.accumulated else None, adapter.forwards)
+        return self.live()[0].remember()
 
     def restore(self, mark: Mark) -> None:
         """Back to a mark."""
-        adapter, _ = self.live()
-        if mark.grad is None:
-            adapter.zero_grad()
-        else:
-            adapter.grad.copy_(mark.grad)
-        adapter.forwards, self.accumulated = mark.forwards, mark.grad is not None
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """An accumulated gradient, if there is one, and the counter of forward passes."""
-
-    grad: Tensor | None
-    forwards: int
+        self.live()[0].restore(mark)
+        self.accumulated = mark.grad is not None
 
 
 class Runs:

@@ -86,11 +86,10 @@ def _largest(longest: Sequence[Example], token_budget: int) -> list[Example]:
 def _rehearse(client: TrainingClient, examples: Sequence[Example]) -> None:
     """One forward and backward pass that leaves no trace in the adapter."""
     adapter = client.adapter
-    forwards, grad, rng = adapter.forwards, adapter.grad.clone(), torch.get_rng_state()
+    before, rng = adapter.remember(), torch.get_rng_state()
     engine = Engine(client.service.host, token_budget=sum(map(len, examples)))
     engine.forward_backward([Item(example, client.stack) for example in examples])
-    adapter.forwards = forwards
-    adapter.grad.copy_(grad)
+    adapter.restore(before)
     torch.set_rng_state(rng)
 
 
