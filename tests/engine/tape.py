@@ -63,10 +63,19 @@ class Tape(Graph):
 
     @torch.no_grad()
     def replay(self) -> None:
+        """Torch counts no writes of a CUDA graph, so none of these either."""
         for func, args, kwargs, out in self.writer.calls:
-            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
-                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                    old.detach().copy_(new)
+            written = (
+                [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)] if func._schema.is_mutable else []
+            )
+            with torch.autograd._unsafe_preserve_version_counter(tuple(written)):
+                self._again(func, args, kwargs, out)
+
+    @staticmethod
+    def _again(func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                old.detach().copy_(new)
 
     @staticmethod
     def watched(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], bool]:
