@@ -1,4 +1,4 @@
-"""The engine's packed passes, made fast: maps of one input as one product, single nodes for norms and gated blocks.
+"""The engine's packed passes, made fast: maps of one input as one product, single nodes for norms, rotations and gates.
 
 In: an executor under a route. Out: stand-ins for the forwards of its modules, for the time of a `with` that holds the
 forward and the backward pass. They equal the modules' own forwards up to rounding; calls of the model itself never meet
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
 import torch
@@ -22,9 +23,12 @@ from lorica.engine.fused_norms import AdaptedNorm
 from lorica.engine.groups import Group, Shared, Stand, groups_of, hooked, standing_in
 from lorica.engine.linear import FEW, Base, Make, adapted_linear
 from lorica.engine.linear_sites import is_sum, parts_of, stacked_linear
-from lorica.engine.native.nodes import NativeGate, NativeNorm
+from lorica.engine.native.nodes import NativeGate, NativeNorm, NativeTurn
+from lorica.engine.native.passes import Passes
 from lorica.engine.prepack import FrozenMaps
+from lorica.engine.rotary_pass import rotary_nodes, rotary_passes
 from lorica.engine.sites import NormForward
+from lorica.engine.step_blocks import Rotary
 
 KEPT, NATIVE = "fused", "native"
 
@@ -32,10 +36,10 @@ KEPT, NATIVE = "fused", "native"
 class _Pass(Shared):
     """A group in training passes: one node for all members, or one for each where their inputs are not the same."""
 
-    def __init__(self, executor: Executor, group: Group) -> None:
+    def __init__(self, executor: Executor, group: Group, passes: Passes | None) -> None:
         super().__init__(group)
         self.executor = executor
-        self.passes = executor.passes(executor.backbone.dtype)
+        self.passes = passes
         self.sites = [executor.backbone.sites[m.site] for m in group.members]
 
     def compute(self, x: Tensor) -> list[Tensor]:
@@ -104,13 +108,14 @@ def fast_modules(executor: Executor) -> Iterator[None]:
     if torch.is_autocast_enabled(executor.backbone.device.type):
         yield
         return
-    passes = {g.members[0].module: _Pass(executor, g) for g in groups_of(executor) if g.free}
+    kernels = executor.passes(executor.backbone.dtype)
+    passes = {g.members[0].module: _Pass(executor, g, kernels) for g in groups_of(executor) if g.free}
     norms, blocks = _fused(executor)
-    own_norms, makes = _native(executor)
+    native = _native(executor, kernels)
     route = executor.live_route()
     touched = () if route is None else route.adapters()
     bare = [(m, norm) for m, norm in norms.items() if _is_bare(m, touched)]
-    forwards: list[tuple[nn.Module, Any]] = [(m, own_norms.get(m, norm)) for m, norm in bare]
+    forwards: list[tuple[nn.Module, Any]] = [(m, native.norms.get(m, norm)) for m, norm in bare]
     adapted = ((m, m.__dict__["forward"], norm) for m, norm in norms.items() if not _is_bare(m, touched))
     forwards += [(m, AdaptedNorm(own, norm)) for m, own, norm in adapted if _is_alone(own)]
     for shared in passes.values():
@@ -119,7 +124,8 @@ def fast_modules(executor: Executor) -> Iterator[None]:
         down = passes.get(block.down)
         free = "forward" not in block.module.__dict__ and not hooked(block.down)
         if down is not None and len(down.sites) == 1 and free:
-            forwards.append((block.module, _GatedForward(block, down, makes.get(block.module, block.make))))
+            forwards.append((block.module, _GatedForward(block, down, native.gates.get(block.module, block.make))))
+    forwards += rotary_passes(native.turns, {module for module, _ in bare})
     with standing_in(forwards):
         yield
 
@@ -134,17 +140,30 @@ def _fused(executor: Executor) -> tuple[dict[nn.Module, FusedNorm], list[Gated]]
     return found
 
 
-def _native(executor: Executor) -> tuple[dict[nn.Module, NativeNorm], dict[nn.Module, NativeGate]]:
-    """The stand-ins of the same modules by kernels in C, where there are some."""
-    passes, kept = executor.passes(executor.backbone.dtype), executor.backbone.kept
+@dataclass(frozen=True, slots=True)
+class _Native:
+    """The stand-ins of modules by kernels in C."""
+
+    norms: dict[nn.Module, NativeNorm] = field(default_factory=dict)
+    gates: dict[nn.Module, NativeGate] = field(default_factory=dict)
+    turns: dict[Rotary, NativeTurn] = field(default_factory=dict)
+
+
+def _native(executor: Executor, passes: Passes | None) -> _Native:
+    """Those of this backbone, where there are some."""
+    kept = executor.backbone.kept
     if passes is None:
-        return {}, {}
+        return _Native()
     if NATIVE not in kept:
         norms, blocks = _fused(executor)
         own = ((module, NativeNorm.of(norm, passes)) for module, norm in norms.items())
         gates = ((block.module, NativeGate.of(block, passes)) for block in blocks)
-        kept[NATIVE] = {m: n for m, n in own if n is not None}, {m: g for m, g in gates if g is not None}
-    found: tuple[dict[nn.Module, NativeNorm], dict[nn.Module, NativeGate]] = kept[NATIVE]
+        kept[NATIVE] = _Native(
+            {m: n for m, n in own if n is not None},
+            {m: g for m, g in gates if g is not None},
+            rotary_nodes(executor, passes),
+        )
+    found: _Native = kept[NATIVE]
     return found
 
 

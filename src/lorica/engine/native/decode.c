@@ -4,54 +4,32 @@
    over memory each. `real` is the backbone's dtype; all arithmetic is in float. A row's numbers never depend on another
    row's. Refuses to know adapters' methods, models and Python; knows neither threads nor allocation. */
 
-#include "lanes.h"
+#include "rows.h"
 
 /* sum = x + branch where there is one; y = sum / sqrt(mean(sum^2) + eps) * factor.  [rows, width] */
 void norm(const real *x, const real *branch, const float *factor, real *sum, real *y, long rows, long width, float eps) {
     for (long n = 0; n < rows; n++, x += width, y += width) {
-        const real *own = x;
-        vec squares = {0};
-        if (branch) {
-            for (long i = 0; i < width; i += LANES) store(sum + i, load(x + i) + load(branch + i));
-            own = sum; sum += width; branch += width;
-        }
-        for (long i = 0; i < width; i += LANES) { vec v = load(own + i); squares += v * v; }
-        float root = 1.0f / __builtin_sqrtf(total(squares) / width + eps);
-        for (long i = 0; i < width; i += LANES) store(y + i, load(own + i) * root * load_float(factor + i));
+        if (!branch) { norm_row(x, factor, y, width, eps, 0); continue; }
+        for (long i = 0; i < width; i += LANES) store(sum + i, load(x + i) + load(branch + i));
+        norm_row(sum, factor, y, width, eps, 0);
+        sum += width; branch += width;
     }
 }
 
 /* y = silu(x[:, :width]) * x[:, width:].  x [rows, 2 width] */
 void gate(const real *x, real *y, long rows, long width) {
-    for (long n = 0; n < rows; n++, x += 2 * width, y += width)
-        for (long i = 0; i < width; i += LANES) {
-            vec g = load(x + i);
-            store(y + i, g / (1.0f + exponential(-g)) * load(x + width + i));
-        }
+    for (long n = 0; n < rows; n++, x += 2 * width, y += width) gate_row(x, x + width, y, width);
 }
 
-/* Heads normed and rotated, half against half; the sines of the first half are negative.
+/* Heads normed where there is a factor [queries + groups, dim], and rotated.
    x [rows, stride] holds queries, keys, values side by side; q [rows, queries, dim], k [rows, groups, dim]. */
 void turn(const real *x, const float *factor, const float *cosines, const float *sines, float *q, float *k,
           long rows, long queries, long groups, long dim, long stride, float eps) {
-    long half = dim / 2;
     for (long n = 0; n < rows; n++, x += stride, cosines += dim, sines += dim)
         for (long h = 0; h < queries + groups; h++) {
-            const real *own = x + h * dim;
-            float head[dim], *y = h < queries ? q : k;
+            float *y = h < queries ? q : k;
             if (h < queries) q += dim; else k += dim;
-            for (long i = 0; i < dim; i += LANES) store_float(head + i, load(own + i));
-            if (factor) {
-                vec squares = {0};
-                for (long i = 0; i < dim; i += LANES) { vec v = load_float(head + i); squares += v * v; }
-                float root = 1.0f / __builtin_sqrtf(total(squares) / dim + eps);
-                for (long i = 0; i < dim; i += LANES)
-                    store_float(head + i, load_float(head + i) * root * load_float(factor + h * dim + i));
-            }
-            for (long i = 0; i < dim; i++) {
-                long other = i < half ? i + half : i - half;
-                y[i] = head[i] * cosines[i] + head[other] * sines[i];
-            }
+            turn_head(x + h * dim, factor ? factor + h * dim : 0, cosines, sines, y, dim, eps);
         }
 }
 
@@ -62,15 +40,14 @@ static void score(const float *q, const float *keys, const float *values, float 
     for (; s + 4 <= to; s += 4)
         for (long h = 0; h < heads; h++) {
             const float *k = keys + s * dim;
-            vec a = {0}, b = {0}, c = {0}, d = {0};
+            vec sum[4] = {{0}};
             for (long i = 0; i < dim; i += LANES) {
                 vec v = load_float(q + h * dim + i);
-                a += v * load_float(k + i); b += v * load_float(k + dim + i);
-                c += v * load_float(k + 2 * dim + i); d += v * load_float(k + 3 * dim + i);
+                for (int j = 0; j < 4; j++) sum[j] += v * load_float(k + j * dim + i);
             }
             if (!h) for (long i = 0; i < 4 * dim; i += 16) __builtin_prefetch(values + s * dim + i);
-            float *out = scores + h * slots + s;
-            out[0] = total(a) * scale; out[1] = total(b) * scale; out[2] = total(c) * scale; out[3] = total(d) * scale;
+            vec4 all = totals(sum) * scale;
+            memcpy(scores + h * slots + s, &all, sizeof all);
         }
     for (; s < to; s++)
         for (long h = 0; h < heads; h++) {
@@ -133,11 +110,6 @@ void attend(const float *q, const float *k, const real *v, float *keys, float *v
         }
 }
 
-/* Asks for what four streams, `stride` apart, come to next: each is too short for the processor to foresee it. */
-static inline void ahead(const real *next, long stride) {
-    for (int k = 0; k < 4; k++) __builtin_prefetch(next + k * stride);
-}
-
 /* The factors of one row at one map; a null A adapts nothing. A [rank, in], B [rank, out]. */
 typedef struct { const real *a, *b; int64_t rank; } factors;
 
@@ -153,14 +125,14 @@ void low_rank(const factors *table, const real *x, real *y, float *hidden, float
             if (!rank) continue;
             for (; r + 4 <= rank; r += 4) {
                 const real *a = table->a + r * in;
-                vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+                vec sum[4] = {{0}};
                 for (long i = 0; i < in; i += LANES) {
                     vec u = load_float(wide + i);
                     ahead(a + 4 * in + i, in);
-                    s0 += u * load(a + i); s1 += u * load(a + in + i);
-                    s2 += u * load(a + 2 * in + i); s3 += u * load(a + 3 * in + i);
+                    for (int k = 0; k < 4; k++) sum[k] += u * load(a + k * in + i);
                 }
-                hidden[r] = total(s0); hidden[r + 1] = total(s1); hidden[r + 2] = total(s2); hidden[r + 3] = total(s3);
+                vec4 all = totals(sum);
+                memcpy(hidden + r, &all, sizeof all);
             }
             for (; r < rank; r++) {
                 vec s = {0};

@@ -49,22 +49,47 @@ static inline void store(real *p, vec v) { store_float(p, v); }
 static inline vec rounded(vec v) { return v; }
 #endif
 
-static inline real narrow_of(float f) { real all[LANES]; store(all, (vec){f}); return all[0]; }
 static inline vec choose(ints which, vec yes, vec no) { return (vec)(((ints)yes & which) | ((ints)no & ~which)); }
 
 typedef float vec8 __attribute__((vector_size(32)));
 typedef float vec4 __attribute__((vector_size(16)));
 
-static inline float total(vec v) {
+static inline vec4 quarter(vec v) { /* four sums that make up all */
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
     vec8 a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    vec4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    return __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
 #else
     vec8 h[2]; memcpy(h, &v, sizeof h); h[0] += h[1];
     vec4 q[2]; memcpy(q, h, sizeof q);
-    vec4 b = q[0] + q[1];
+    return q[0] + q[1];
 #endif
-    return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+static inline float total(vec v) { vec4 b = quarter(v); return (b[0] + b[2]) + (b[1] + b[3]); }
+
+/* The totals of four, each summed up as `total` does. */
+static inline vec4 totals(const vec v[4]) {
+    vec4 a = quarter(v[0]), b = quarter(v[1]), c = quarter(v[2]), d = quarter(v[3]);
+#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
+    vec4 ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    vec4 cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+#else
+    return (vec4){(a[0] + a[2]) + (a[1] + a[3]), (b[0] + b[2]) + (b[1] + b[3]), (c[0] + c[2]) + (c[1] + c[3]),
+                  (d[0] + d[2]) + (d[1] + d[3])};
+#endif
+}
+
+/* Asks for what four streams, `stride` apart, come to next: each is too short for the processor to foresee it. */
+static inline void ahead(const real *next, long stride) {
+    for (int k = 0; k < 4; k++) __builtin_prefetch(next + k * stride);
+}
+
+static inline void store4(real *p, vec4 v) {
+    real all[LANES];
+    vec wide = {v[0], v[1], v[2], v[3]};
+    store(all, wide);
+    memcpy(p, all, 4 * sizeof *all);
 }
 
 static inline vec exponential(vec x) { /* Cody and Waite's reduction; relative error below 2e-7 in [-87, 88] */

@@ -1,4 +1,4 @@
-"""Autograd nodes of the kernels for training passes: norms and gates of known form, in one call forth and one back.
+"""Autograd nodes of the kernels for training passes: norms, rotations and gates of known form, one call each way.
 
 In: the stand-ins of `fused`, kernels. Out: stand-ins of the same modules, equal up to rounding, that save the same.
 What a kernel does not take goes the way of `fused`. Refuses to know adapters, batches and families.
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorica.engine.fused import FORMS, FusedNorm, Gated, probe
 from lorica.engine.groups import hooked
-from lorica.engine.native.passes import Passes
+from lorica.engine.native.passes import Passes, Rotations
 
 
 class NativeNorm:
@@ -50,6 +50,52 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, root = ctx.saved_tensors
         return ctx.norm.passes.norm_back(grads[0].contiguous(), x, ctx.norm.factor_D, root), None
+
+
+class NativeTurn:
+    """Queries and keys of one attention module: every head normed, where there is a factor, and rotated half against
+    half.
+
+    Args:
+        factors: of the norms of query and key heads, each [K] in float32; None without norms.
+        dim: K.
+    """
+
+    def __init__(self, passes: Passes, factors: tuple[Tensor, Tensor] | None, dim: int, eps: float) -> None:
+        self.passes, self.factors, self.dim, self.eps = passes, factors, dim, eps
+
+    def takes(self, *maps: Tensor) -> bool:
+        """Whether the kernels read these outputs of maps [N, D]."""
+        return all(self.passes.turns(x_ND, self.dim) for x_ND in maps)
+
+    def __call__(self, q_ND: Tensor, k_ND: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor]:
+        """Query heads [N, H, K] and key heads [N, G, K]."""
+        result: tuple[Tensor, Tensor] = cast(Any, _Turn).apply(q_ND, k_ND, rotations, self)
+        return result
+
+
+class _Turn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_ND: Tensor, k_ND: Tensor, rotations: Rotations, turn: NativeTurn) -> tuple[Tensor, Tensor]:
+        ctx.turn, ctx.rotations = turn, rotations
+        run, eps = turn.passes.turn_forth, turn.eps
+        if turn.factors is None:
+            return run(q_ND, None, rotations, eps)[0], run(k_ND, None, rotations, eps)[0]
+        (q_NHK, q_root), (k_NGK, k_root) = (
+            run(x_ND, factor, rotations, eps) for x_ND, factor in zip((q_ND, k_ND), turn.factors, strict=True)
+        )
+        ctx.save_for_backward(q_ND, k_ND, q_root, k_root)
+        return q_NHK, k_NGK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        turn, run = ctx.turn, ctx.turn.passes.turn_back
+        if turn.factors is None:
+            return (*(run(dy_NHK, ctx.rotations) for dy_NHK in grads), None, None)
+        *maps, q_root, k_root = ctx.saved_tensors
+        norms = zip(maps, turn.factors, (q_root, k_root), strict=True)
+        return (*(run(dy, ctx.rotations, norm) for dy, norm in zip(grads, norms, strict=True)), None, None)
 
 
 class NativeGate:

@@ -3,46 +3,68 @@
    In: memory of torch tensors. Out: the same numbers as torch's own operations up to rounding. `real` is the backbone's
    dtype, all arithmetic is in float, and factors are float. Refuses to know adapters' methods, models and Python. */
 
-#include "lanes.h"
+#include "rows.h"
 
-/* Heads of one row lie side by side, `width` each; rows of x are `stride` apart, all others contiguous.
-   hat = x / sqrt(mean(x^2) + eps), root is that factor, y = hat * factor; hat is rounded first if `round`. */
+/* Heads of one row lie side by side, `width` each; rows of x are `stride` apart, all others contiguous. root is the
+   factor by which x becomes hat. */
 void norm_forth(const real *x, const float *factor, real *y, float *root, long rows, long heads, long width,
                 long stride, float eps, int round) {
     for (long n = 0; n < rows; n++, x += stride)
-        for (long h = 0; h < heads; h++, y += width, root++) {
-            const real *own = x + h * width;
-            vec squares = {0};
-            for (long i = 0; i < width; i += LANES) { vec v = load(own + i); squares += v * v; }
-            float r = *root = 1.0f / __builtin_sqrtf(total(squares) / width + eps);
-            for (long i = 0; i < width; i += LANES) {
-                vec hat = load(own + i) * r;
-                store(y + i, (round ? rounded(hat) : hat) * load_float(factor + i));
-            }
-        }
+        for (long h = 0; h < heads; h++, y += width) *root++ = norm_row(x + h * width, factor, y, width, eps, round);
+}
+
+static inline void norm_row_back(const float *dy, const real *x, const float *factor, float root, real *dx, long width) {
+    vec dot = {0};
+    for (long i = 0; i < width; i += LANES) dot += load_float(dy + i) * load_float(factor + i) * load(x + i);
+    float mean = total(dot) * root * root / width;
+    for (long i = 0; i < width; i += LANES)
+        store(dx + i, (load_float(dy + i) * load_float(factor + i) - load(x + i) * mean) * root);
 }
 
 /* dx from dy, x and root. dy and dx are contiguous. */
 void norm_back(const real *dy, const real *x, const float *factor, const float *root, real *dx, long rows, long heads,
                long width, long stride) {
+    float wide[width];
     for (long n = 0; n < rows; n++, x += stride)
-        for (long h = 0; h < heads; h++, dy += width, dx += width, root++) {
-            const real *own = x + h * width;
-            vec dot = {0};
-            for (long i = 0; i < width; i += LANES) dot += load(dy + i) * load_float(factor + i) * load(own + i);
-            float mean = total(dot) * *root * *root / width;
-            for (long i = 0; i < width; i += LANES)
-                store(dx + i, (load(dy + i) * load_float(factor + i) - load(own + i) * mean) * *root);
+        for (long h = 0; h < heads; h++, dy += width, dx += width) {
+            for (long i = 0; i < width; i += LANES) store_float(wide + i, load(dy + i));
+            norm_row_back(wide, x + h * width, factor, *root++, dx, width);
+        }
+}
+
+/* Heads normed where there is a factor [dim], and rotated.  x [rows, heads, dim], rows `stride` apart; y [rows, heads,
+   dim]; root [rows, heads], which is written where there is a factor. */
+void turn_forth(const real *x, const float *factor, const float *cosines, const float *sines, real *y, float *root,
+                long rows, long heads, long dim, long stride, float eps) {
+    float head[dim];
+    for (long n = 0; n < rows; n++, x += stride, cosines += dim, sines += dim)
+        for (long h = 0; h < heads; h++, y += dim) {
+            float r = turn_head(x + h * dim, factor, cosines, sines, head, dim, eps);
+            if (factor) *root++ = r;
+            for (long i = 0; i < dim; i += LANES) store(y + i, load_float(head + i));
+        }
+}
+
+/* dx [rows, heads, dim] from dy, whose rows and heads are `row` and `head` apart. Without a factor x is not read. */
+void turn_back(const real *dy, const real *x, const float *factor, const float *cosines, const float *sines,
+               const float *root, real *dx, long rows, long heads, long dim, long stride, long row, long head) {
+    float given[dim], turned[dim];
+    long half = dim / 2;
+    for (long n = 0; n < rows; n++, x += stride, dy += row, cosines += dim, sines += dim)
+        for (long h = 0; h < heads; h++, dx += dim) {
+            for (long i = 0; i < dim; i += LANES) store_float(given + i, load(dy + h * head + i));
+            for (long i = 0; i < half; i++) {
+                turned[i] = given[i] * cosines[i] + given[i + half] * sines[i + half];
+                turned[i + half] = given[i + half] * cosines[i + half] + given[i] * sines[i];
+            }
+            if (factor) norm_row_back(turned, x + h * dim, factor, *root++, dx, dim);
+            else for (long i = 0; i < dim; i += LANES) store(dx + i, load_float(turned + i));
         }
 }
 
 /* y = silu(g) * u, silu rounded first.  g and u are `stride` from row to row, y is contiguous. */
 void gate_forth(const real *g, const real *u, real *y, long rows, long width, long stride) {
-    for (long n = 0; n < rows; n++, g += stride, u += stride, y += width)
-        for (long i = 0; i < width; i += LANES) {
-            vec v = load(g + i);
-            store(y + i, rounded(v / (1.0f + exponential(-v))) * load(u + i));
-        }
+    for (long n = 0; n < rows; n++, g += stride, u += stride, y += width) gate_row(g, u, y, width);
 }
 
 void gate_back(const real *dy, const real *g, const real *u, real *dg, real *du, long rows, long width, long stride) {
@@ -131,18 +153,19 @@ void factors_input(const term *terms, const float *dh, real *dx, long count, lon
 
 ROWS forth(const int rows, const real *w, const real *bias, const float *x, real *y, long in, long out, long stride) {
     for (long o = 0; o < out; o += 4, w += 4 * in) {
-        vec sum[4][4] = {{{0}}};
+        vec sum[4][4] = {{{0}}}; /* of row and output */
         for (long i = 0; i < in; i += LANES) {
             vec u[4];
             for (int n = 0; n < rows; n++) u[n] = load_float(x + n * in + i);
+            ahead(w + 4 * in + i, in);
             for (int k = 0; k < 4; k++) {
                 vec v = load(w + k * in + i);
-                for (int n = 0; n < rows; n++) sum[k][n] += u[n] * v;
+                for (int n = 0; n < rows; n++) sum[n][k] += u[n] * v;
             }
         }
-        for (int k = 0; k < 4; k++)
-            for (int n = 0; n < rows; n++)
-                y[n * stride + o + k] = narrow_of(total(sum[k][n]) + (bias ? wide_of(bias[o + k]) : 0));
+        vec4 added = {0};
+        if (bias) for (int k = 0; k < 4; k++) added[k] = wide_of(bias[o + k]);
+        for (int n = 0; n < rows; n++) store4(y + n * stride + o, totals(sum[n]) + added);
     }
 }
 
@@ -162,6 +185,7 @@ ROWS back(const int rows, const real *w, const real *dy, float *dx, long in, lon
         for (int k = 0; k < 4; k++) for (int n = 0; n < rows; n++) d[k][n] = wide_of(dy[n * stride + o + k]);
         for (long i = 0; i < in; i += LANES) {
             vec v[4];
+            ahead(w + 4 * in + i, in);
             for (int k = 0; k < 4; k++) v[k] = load(w + k * in + i);
             for (int n = 0; n < rows; n++) {
                 float *own = dx + n * in + i;

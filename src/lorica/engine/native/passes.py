@@ -1,4 +1,4 @@
-"""The functions of `passes.c` on tensors: norms, gates and the factors of few rows, forth and back.
+"""The functions of `passes.c` on tensors: norms, rotations, gates and the factors of few rows, forth and back.
 
 In: tensors on a CPU. Out: what torch's own operations give, up to rounding; many numbers are spread over torch's number
 of threads by rows. Refuses to know modules, adapters and autograd.
@@ -21,10 +21,14 @@ from lorica.engine.native.spread import spread
 SOURCE = Path(__file__).with_name("passes.c")
 ROWS = 4
 """Most rows of `linear_forth` and `linear_back`."""
+Rotations = tuple[Tensor, Tensor]
+"""Cosines and sines of each row [N, ..., K] in float32, the sines of the first half negative."""
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _FORMS: dict[str, list[Any]] = {
     "norm_forth": [_POINTER] * 4 + [_LONG] * 4 + [_FLOAT, _INT],
     "norm_back": [_POINTER] * 5 + [_LONG] * 4,
+    "turn_forth": [_POINTER] * 6 + [_LONG] * 4 + [_FLOAT],
+    "turn_back": [_POINTER] * 7 + [_LONG] * 6,
     "gate_forth": [_POINTER] * 3 + [_LONG] * 3,
     "gate_back": [_POINTER] * 5 + [_LONG] * 3,
     "factors_forth": [_POINTER] * 4 + [_LONG] * 5,
@@ -100,6 +104,57 @@ class Passes:
 
         spread(part, rows, x.numel())
         return dx
+
+    # -- heads -------------------------------------------------------------------------------------------------------
+
+    def turns(self, x_ND: Tensor, dim: int) -> bool:
+        """Whether `turn_forth` reads x where it lies: rows that may be apart."""
+        return x_ND.dtype == self.dtype and x_ND.stride(1) == 1 and not dim % LANES
+
+    def turn_forth(
+        self, x_ND: Tensor, factor_K: Tensor | None, rotations: Rotations, eps: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """The heads [N, H, K] of every row, normed where there is a factor and rotated half against half, and the
+        inverse roots of the norms.
+        """
+        rows, dim = x_ND.shape[0], _dim(rotations, x_ND.shape[0])
+        heads, stride, run = x_ND.shape[1] // dim, x_ND.stride(0), self._code.turn_forth
+        y_NHK = torch.empty(rows, heads, dim, dtype=self.dtype)
+        factor, root = None, None
+        if factor_K is not None:
+            factor, root = factor_K.data_ptr(), torch.empty(rows * heads)
+        size = y_NHK.element_size()
+
+        def part(start: int, stop: int) -> None:
+            own = (t.data_ptr() + start * dim * 4 for t in rotations)
+            y = y_NHK.data_ptr() + start * heads * dim * size
+            roots = None if root is None else root.data_ptr() + start * heads * 4
+            run(x_ND.data_ptr() + start * stride * size, factor, *own, y, roots, stop - start, heads, dim, stride, eps)
+
+        spread(part, rows, y_NHK.numel())
+        return y_NHK, root
+
+    def turn_back(
+        self, dy_NHK: Tensor, rotations: Rotations, norm: tuple[Tensor, Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """dx [N, D]; `norm` are x, the factor and the roots, where there is a factor."""
+        (rows, heads, dim), run = dy_NHK.shape, self._code.turn_back
+        assert _dim(rotations, rows) == dim
+        dy_NHK = dy_NHK if dy_NHK.stride(2) == 1 else dy_NHK.contiguous()
+        dx_ND = torch.empty(rows, heads * dim, dtype=self.dtype)
+        stride, (row, head, _), size = 0 if norm is None else norm[0].stride(0), dy_NHK.stride(), dx_ND.element_size()
+
+        def part(start: int, stop: int) -> None:
+            x = factor = root = None
+            if norm is not None:
+                x, root = norm[0].data_ptr() + start * stride * size, norm[2].data_ptr() + start * heads * 4
+                factor = norm[1].data_ptr()
+            own = (t.data_ptr() + start * dim * 4 for t in rotations)
+            dy, dx = dy_NHK.data_ptr() + start * row * size, dx_ND.data_ptr() + start * heads * dim * size
+            run(dy, x, factor, *own, root, dx, stop - start, heads, dim, stride, row, head)
+
+        spread(part, rows, dx_ND.numel())
+        return dx_ND
 
     # -- gates -----------------------------------------------------------------------------------------------------
 
@@ -217,6 +272,16 @@ def _table(
         out, rank = pair.B_OR.shape
         table[i] = _Term(pair.A_RI.data_ptr(), pair.B_OR.data_ptr(), a, b, rank, pair.first, out, pair.scale, 0.0)
     return table
+
+
+def _dim(rotations: Rotations, rows: int) -> int:
+    """The numbers of a head."""
+    dim = rotations[0].shape[-1]
+    for turn in rotations:
+        assert turn.numel() == rows * dim
+        assert turn.dtype == torch.float32
+        assert turn.is_contiguous()
+    return dim
 
 
 def _form(x: Tensor, width: int) -> tuple[int, int, int, int]:

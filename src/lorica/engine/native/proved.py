@@ -49,11 +49,14 @@ def _some(dtype: torch.dtype) -> Some:
 
 
 def _agree(probe: Callable[[K, Some], Pairs], kernels: K, dtype: torch.dtype) -> bool:
-    error = 8 * torch.finfo(dtype).eps
+    error = 8 * torch.finfo(dtype).eps  # of the largest number: where terms cancel, two orders of a sum differ by more
     # whatever the caller's modes are
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         pairs = probe(kernels, _some(dtype))
-    same = all(torch.allclose(own.float(), other.float(), rtol=error, atol=error) for own, other in pairs)
+    same = all(
+        torch.allclose(own.float(), other.float(), rtol=0, atol=error * float(other.abs().max()))
+        for own, other in pairs
+    )
     if not same:
         log.warning("kernels compiled for %s differ from torch here, and are not used", dtype)
     return same
@@ -129,7 +132,24 @@ def _passes(passes: Passes, some: Some) -> Pairs:
     pairs.append((passes.gate_forth(gate_NF, up_NF), h_NF.detach()))
     wanted = torch.autograd.grad(h_NF, (g_NF, u_NF), dy_NF.float())
     pairs += zip(passes.gate_back(dy_NF, gate_NF, up_NF), wanted, strict=True)
-    return [*pairs, *_few(passes, some), *_products(passes, some)]
+    return [*pairs, *_turned(passes, some), *_few(passes, some), *_products(passes, some)]
+
+
+def _turned(passes: Passes, some: Some) -> Pairs:
+    """Two heads of three, rows apart; gradients whose heads lie before their rows."""
+    float32, pairs = torch.float32, []
+    rotations = some(5, 1, 32, dtype=float32), some(5, 1, 32, dtype=float32)
+    x_ND, dy_NHK = some(5, 96)[:, 32:], some(2, 5, 32).transpose(0, 1)
+    for factor_K in (None, some(32, dtype=float32)):
+        wide_ND = x_ND.float().requires_grad_()
+        heads_NHK = wide_ND.view(5, 2, 32)
+        heads_NHK = heads_NHK if factor_K is None else _normed(heads_NHK, factor_K)
+        wanted_NHK = heads_NHK * rotations[0] + heads_NHK.roll(16, -1) * rotations[1]
+        y_NHK, root = passes.turn_forth(x_ND, factor_K, rotations, 1e-6)
+        norm = None if factor_K is None or root is None else (x_ND, factor_K, root)
+        wanted_ND = torch.autograd.grad(wanted_NHK, wide_ND, dy_NHK.float())[0]
+        pairs += [(y_NHK, wanted_NHK.detach()), (passes.turn_back(dy_NHK, rotations, norm), wanted_ND)]
+    return pairs
 
 
 def _few(passes: Passes, some: Some) -> Pairs:
