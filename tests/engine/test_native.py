@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from lorica.core.update import LinearUpdate
 from lorica.core.update import LowRank as Factors
@@ -17,6 +20,7 @@ from lorica.data.example import Example
 from lorica.engine import few_rows
 from lorica.engine.engine import Engine, Item
 from lorica.engine.factors import fold
+from lorica.engine.fast import fast_modules
 from lorica.engine.groups import groups_of
 from lorica.engine.host import Host
 from lorica.engine.kv_lane import Kept, Lane
@@ -361,6 +365,20 @@ def test_training_turns_heads_by_the_kernels_where_nothing_changes_their_norms(
     host.set_native(False)
     gradients(host, [([5, 6, 7, 8], "lora")])
     assert not seen
+
+
+def test_an_attention_module_with_a_cache_keeps_its_own_forward() -> None:
+    """The stand-in knows no cache, by whatever name it comes."""
+    host, ids = served("qwen3", torch.float32, native=True), torch.tensor([[5, 6, 7, 8]])
+    parameters, found = inspect.signature(type(host.model).forward).parameters, []
+    name = next(known for known in ("cache", "past_key_values") if known in parameters)
+    with torch.no_grad():
+        for stands in (True, False):
+            cache = {name: DynamicCache(config=host.model.config)}
+            with fast_modules(host.executor) if stands else nullcontext():
+                host.model(ids[:, :2], **cache)
+                found.append(host.model(ids[:, 2:], **cache).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_transposed_factor_is_laid_out_for_the_kernels() -> None:

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from lorica.engine.attention import HUB
 from lorica.engine.executor import Executor
 from lorica.engine.groups import hooked
+from lorica.engine.native.kernels import LANES
 from lorica.engine.native.nodes import NativeTurn
 from lorica.engine.native.passes import Passes
 from lorica.engine.step_blocks import Rotary, Rotations, Turn, rotary_parts
+
+PLAIN = (bool, int, float, str, Tensor)
+"""What a module may be told that its attention function takes as it is."""
 
 
 class RotaryPass:
@@ -30,18 +34,19 @@ class RotaryPass:
         hidden_states: Tensor,
         position_embeddings: Rotations,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **others: Any,
     ) -> tuple[Tensor, Tensor | None]:
         module, (queries, groups, dim) = self.rotary.module, self.rotary.heads
         rows, positions, _ = hidden_states.shape
         maps = None
-        if past_key_values is None and position_embeddings[0].numel() == rows * positions * dim:
+        # a cache, whatever it is called in this release of transformers, is for the module's own forward
+        plain = all(value is None or isinstance(value, PLAIN) for value in others.values())
+        if plain and position_embeddings[0].numel() == rows * positions * dim:
             q, k, v = (part(hidden_states) for part in self.rotary.maps)
             maps = q.reshape(-1, queries * dim), k.reshape(-1, groups * dim)
         if maps is None or not self.node.takes(*maps):
-            given = (hidden_states, position_embeddings, attention_mask, past_key_values)
-            own: tuple[Tensor, Tensor | None] = type(module).forward(module, *given, **others)
+            others |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+            own: tuple[Tensor, Tensor | None] = type(module).forward(module, hidden_states=hidden_states, **others)
             return own
         turned = self.node(*maps, self.turn(position_embeddings))
         q, k = (heads.view(rows, positions, -1, dim).transpose(1, 2) for heads in turned)
@@ -57,8 +62,8 @@ def rotary_nodes(executor: Executor, passes: Passes) -> dict[Rotary, NativeTurn]
 
 
 def _fits(rotary: Rotary) -> bool:
-    """Whether an attention module draws nothing: what it drops in training is not among its settings."""
-    return not getattr(rotary.module, "attention_dropout", 0.0)
+    """Whether the kernels take its heads, and it draws nothing: what it drops in training is not in its settings."""
+    return not rotary.heads[2] % LANES and not getattr(rotary.module, "attention_dropout", 0.0)
 
 
 def _node(rotary: Rotary, passes: Passes) -> NativeTurn:
