@@ -45,7 +45,7 @@ static void score(const float *q, const float *keys, const float *values, float 
                 vec v = load_float(q + h * dim + i);
                 for (int j = 0; j < 4; j++) sum[j] += v * load_float(k + j * dim + i);
             }
-            if (!h) for (long i = 0; i < 4 * dim; i += 16) __builtin_prefetch(values + s * dim + i);
+            if (!h) stream(values + s * dim, 4 * dim);
             vec4 all = totals(sum) * scale;
             memcpy(scores + h * slots + s, &all, sizeof all);
         }
@@ -94,13 +94,15 @@ void attend(const float *q, const float *k, const real *v, float *keys, float *v
                         weight[s] = w[0];
                         sum += w[0];
                     }
-                    for (s = begin[part]; s + 4 <= end[part]; s += 4)
+                    for (s = begin[part]; s + 4 <= end[part]; s += 4) {
+                        if (!h) stream(keys + (capacity + s) * dim, 4 * dim);
                         for (long i = 0; i < dim; i += LANES) {
                             const float *u = values + s * dim + i;
                             store_float(acc + i, load_float(acc + i) + weight[s] * load_float(u)
                                 + weight[s + 1] * load_float(u + dim) + weight[s + 2] * load_float(u + 2 * dim)
                                 + weight[s + 3] * load_float(u + 3 * dim));
                         }
+                    }
                     for (; s < end[part]; s++)
                         for (long i = 0; i < dim; i += LANES)
                             store_float(acc + i, load_float(acc + i) + weight[s] * load_float(values + s * dim + i));
@@ -123,12 +125,14 @@ void low_rank(const factors *table, const real *x, real *y, float *hidden, float
         for (long m = 0; m < maps; y += sizes[m], m++, table++) {
             long rank = table->rank, size = sizes[m], r = 0;
             if (!rank) continue;
+            const real *after = n + 1 < rows || m + 1 < maps ? table[1].a : table->b;
             for (; r + 4 <= rank; r += 4) {
-                const real *a = table->a + r * in;
+                const real *a = table->a + r * in, *next = r + 8 <= rank ? a + 4 * in : table->b;
+                long apart = r + 8 <= rank ? in : size;
                 vec sum[4] = {{0}};
                 for (long i = 0; i < in; i += LANES) {
                     vec u = load_float(wide + i);
-                    ahead(a + 4 * in + i, in);
+                    ahead(next + i, apart);
                     for (int k = 0; k < 4; k++) sum[k] += u * load(a + k * in + i);
                 }
                 vec4 all = totals(sum);
@@ -141,9 +145,10 @@ void low_rank(const factors *table, const real *x, real *y, float *hidden, float
             }
             for (long o = 0; o < size; o += LANES) store_float(out + o, load(y + o));
             for (r = 0; r + 4 <= rank; r += 4) {
-                const real *b = table->b + r * size;
+                const real *b = table->b + r * size, *next = r + 8 <= rank ? b + 4 * size : after;
+                long apart = r + 8 <= rank ? size : in;
                 for (long o = 0; o < size; o += LANES) {
-                    ahead(b + 4 * size + o, size);
+                    ahead(next + o, apart);
                     store_float(out + o, load_float(out + o) + hidden[r] * load(b + o)
                         + hidden[r + 1] * load(b + size + o) + hidden[r + 2] * load(b + 2 * size + o)
                         + hidden[r + 3] * load(b + 3 * size + o));
