@@ -168,16 +168,26 @@ def test_a_name_that_is_taken_fails_at_once_and_overwrite_replaces_it(run):
     assert step(run, DATA) > 0
 
 
-def test_two_saves_of_one_name_in_flight_leave_one(run):
-    made, refused = [], []
-    for future in [run.save_state("same"), run.save_state("same")]:  # the SDK sends both at once, in either order
-        try:
-            made.append(future.result().path)
-        except tinker.RequestFailedError as error:
-            refused.append(str(error))
-    assert len(made) == 1
-    assert len(refused) == 1
-    assert "exists already" in refused[0]
+def test_of_two_saves_of_one_name_in_flight_the_first_has_it(run):
+    pairs = [[run.save_state(f"same-{i}") for _ in range(2)] for i in range(8)]
+    for first, second in pairs:
+        assert first.result().path
+        with pytest.raises(tinker.RequestFailedError, match="exists already"):
+            second.result()
+
+
+def test_of_saves_in_flight_that_overwrite_one_name_the_last_stays(run, service):
+    """As what a step changed tells: the newest weights are in the checkpoint."""
+    for i in range(8):
+        run.forward_backward(DATA, "cross_entropy").result()
+        before = run.save_state(f"latest-{i}", overwrite=True)
+        run.optim_step(types.AdamParams(learning_rate=1e-2))
+        after = run.save_state(f"latest-{i}", overwrite=True)
+        assert before.result().path == after.result().path
+        again = service.create_training_client_from_state(after.result().path).result()
+        given, wanted = (c.forward(DATA, "cross_entropy").result().loss_fn_outputs for c in (again, run))
+        for one, other in zip(given, wanted, strict=True):
+            assert one["logprobs"].data == pytest.approx(other["logprobs"].data, abs=1e-5)
 
 
 def test_samples_carry_an_id_for_each_sequence(service):

@@ -44,6 +44,7 @@ class RunLife(abc.ABC):
         self._reading = asyncio.Lock()
         self._engine = -1  # the engine's life in which it knows the run
         self._pumping: asyncio.Task[None] | None = None
+        self._recording: asyncio.Task[None] | None = None  # of the last request that writes more than its result
         self._snapshotting = False
         self._gap: asyncio.TimerHandle | None = None
         self._waits_for_tokens = False

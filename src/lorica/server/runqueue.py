@@ -163,7 +163,9 @@ class RunQueue(RunLife):
         if life != self.backbone.life or self._engine != life:  # it died while we prepared
             self._return(item)
             return
-        self._task(self._settle(item, prepared, self.backbone.send(prepared.command)))
+        settled = self._task(self._settle(item, prepared, self.backbone.send(prepared.command), self._recording))
+        if prepared.record is not None:
+            self._recording = settled
         self._rt.observer.sent(item.kind, time.monotonic() - item.at)
         self._count(item)
         self._loaded_from.update(prepared.reads)
@@ -184,11 +186,16 @@ class RunQueue(RunLife):
             await asyncio.sleep(seconds)
         self._waits_for_tokens = False
 
-    async def _settle(self, item: Item, prepared: work.Prepared, sent: Any) -> None:
+    async def _settle(self, item: Item, prepared: work.Prepared, sent: Any, earlier: asyncio.Task[None] | None) -> None:
+        """Finish a request. What is recorded is recorded in the run's order: of two saves of one name the first has it,
+        or, where they overwrite, the last.
+        """
         try:
             reply = await sent
             if prepared.before is not None:
                 await prepared.before(reply)
+            if prepared.record is not None and earlier is not None:
+                await asyncio.wait({earlier})
             result = prepared.tell(reply)
             record = prepared.record(reply) if prepared.record else None
             did = curves.did(prepared.command, reply)
