@@ -209,7 +209,9 @@ class Block:
         """`dyᵀ m` [T, O, R], with `m = scale · (x Aᵀ ⊙ mid)`."""
         if self.terms[0][i].post >= 0:  # it meets B number by number, so it lies in memory as B does
             return dy_TnO.mT @ m_TnR
-        return (m_TnR.mT @ dy_TnO).mT  # the narrow side is transposed: kernels would copy the other
+        G_TOR = (m_TnR.mT @ dy_TnO).mT  # the narrow side is transposed: kernels would copy the other
+        # each segment's part is added up by itself, many small times, which is slow across memory
+        return G_TOR if self.count == 1 else G_TOR.contiguous()
 
     def _through_b(self, i: int, dy_TnO: Tensor, tensors: Sequence[Tensor], needs: Needs) -> Tensor:
         """`dy (post ⊙ B)`; post goes to the smaller of the two."""

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lorica.engine.fused import FORMS, FusedNorm, Gated, probe
 from lorica.engine.groups import hooked
-from lorica.engine.native.passes import Passes, Rotations
+from lorica.engine.native.passes import Passes, Signed
 
 
 class NativeNorm:
@@ -68,7 +68,7 @@ class NativeTurn:
         """Whether the kernels read these outputs of maps [N, D]."""
         return all(self.passes.turns(x_ND, self.dim) for x_ND in maps)
 
-    def __call__(self, q_ND: Tensor, k_ND: Tensor, rotations: Rotations) -> tuple[Tensor, Tensor]:
+    def __call__(self, q_ND: Tensor, k_ND: Tensor, rotations: Signed) -> tuple[Tensor, Tensor]:
         """Query heads [N, H, K] and key heads [N, G, K]."""
         result: tuple[Tensor, Tensor] = cast(Any, _Turn).apply(q_ND, k_ND, rotations, self)
         return result
@@ -76,7 +76,7 @@ class NativeTurn:
 
 class _Turn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_ND: Tensor, k_ND: Tensor, rotations: Rotations, turn: NativeTurn) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q_ND: Tensor, k_ND: Tensor, rotations: Signed, turn: NativeTurn) -> tuple[Tensor, Tensor]:
         ctx.turn, ctx.rotations = turn, rotations
         run, eps = turn.passes.turn_forth, turn.eps
         if turn.factors is None:

@@ -21,7 +21,7 @@ from lorica.engine.native.spread import spread
 SOURCE = Path(__file__).with_name("passes.c")
 ROWS = 4
 """Most rows of `linear_forth` and `linear_back`."""
-Rotations = tuple[Tensor, Tensor]
+Signed = tuple[Tensor, Tensor]
 """Cosines and sines of each row [N, ..., K] in float32, the sines of the first half negative."""
 _POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 _FORMS: dict[str, list[Any]] = {
@@ -112,7 +112,7 @@ class Passes:
         return x_ND.dtype == self.dtype and x_ND.stride(1) == 1 and not dim % LANES
 
     def turn_forth(
-        self, x_ND: Tensor, factor_K: Tensor | None, rotations: Rotations, eps: float
+        self, x_ND: Tensor, factor_K: Tensor | None, rotations: Signed, eps: float
     ) -> tuple[Tensor, Tensor | None]:
         """The heads [N, H, K] of every row, normed where there is a factor and rotated half against half, and the
         inverse roots of the norms.
@@ -134,9 +134,7 @@ class Passes:
         spread(part, rows, y_NHK.numel())
         return y_NHK, root
 
-    def turn_back(
-        self, dy_NHK: Tensor, rotations: Rotations, norm: tuple[Tensor, Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def turn_back(self, dy_NHK: Tensor, rotations: Signed, norm: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
         """dx [N, D]; `norm` are x, the factor and the roots, where there is a factor."""
         (rows, heads, dim), run = dy_NHK.shape, self._code.turn_back
         assert _dim(rotations, rows) == dim
@@ -274,7 +272,7 @@ def _table(
     return table
 
 
-def _dim(rotations: Rotations, rows: int) -> int:
+def _dim(rotations: Signed, rows: int) -> int:
     """The numbers of a head."""
     dim = rotations[0].shape[-1]
     for turn in rotations:
