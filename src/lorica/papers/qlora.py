@@ -91,7 +91,7 @@ class QLoRAPaper(PaperCheck[Settings]):
         known_rows=500,
         known_length=512,
     )
-    reduced = Settings(lrs=(6e-3,), steps=12, held_out=16, known_rows=16, measured=())
+    reduced = Settings(lrs=(6e-3,), steps=12, held_out=48, known_rows=16, measured=())
 
     def run(self, settings: Settings, seed: int, say: Say) -> list[Row]:
         parts = task_parts(settings, seed)
