@@ -115,6 +115,45 @@ void attend(const float *q, const float *k, const real *v, float *keys, float *v
 /* The factors of one row at one map; a null A adapts nothing. A [rank, in], B [rank, out]. */
 typedef struct { const real *a, *b; int64_t rank; } factors;
 
+/* hidden = A x; rows of B, `size` long, are read next. */
+static inline void inward(const factors *own, const float *x, float *hidden, long in, long size) {
+    long rank = own->rank, r = 0;
+    for (; r + 4 <= rank; r += 4) {
+        const real *a = own->a + r * in, *next = r + 8 <= rank ? a + 4 * in : own->b;
+        long apart = r + 8 <= rank ? in : size;
+        vec sum[4] = {{0}};
+        for (long i = 0; i < in; i += LANES) {
+            vec u = load_float(x + i);
+            ahead(next + i, apart);
+            for (int k = 0; k < 4; k++) sum[k] += u * load(a + k * in + i);
+        }
+        vec4 all = totals(sum);
+        memcpy(hidden + r, &all, sizeof all);
+    }
+    for (; r < rank; r++) {
+        vec s = {0};
+        for (long i = 0; i < in; i += LANES) s += load_float(x + i) * load(own->a + r * in + i);
+        hidden[r] = total(s);
+    }
+}
+
+/* y += hidden B; rows of `after`, `in` long, are read next. */
+static inline void outward(const factors *own, const float *hidden, float *y, const real *after, long in, long size) {
+    long rank = own->rank, r = 0;
+    for (; r + 4 <= rank; r += 4) {
+        const real *b = own->b + r * size, *next = r + 8 <= rank ? b + 4 * size : after;
+        long apart = r + 8 <= rank ? size : in;
+        for (long o = 0; o < size; o += LANES) {
+            ahead(next + o, apart);
+            store_float(y + o, load_float(y + o) + hidden[r] * load(b + o) + hidden[r + 1] * load(b + size + o)
+                + hidden[r + 2] * load(b + 2 * size + o) + hidden[r + 3] * load(b + 3 * size + o));
+        }
+    }
+    for (; r < rank; r++)
+        for (long o = 0; o < size; o += LANES)
+            store_float(y + o, load_float(y + o) + hidden[r] * load(own->b + r * size + o));
+}
+
 /* y[n] += x[n] A^T B at every map, side by side.  x [rows, in], y [rows, sum of sizes], hidden [largest rank],
    wide [in + largest size]; table [rows, maps]. */
 void low_rank(const factors *table, const real *x, real *y, float *hidden, float *wide, const int64_t *sizes,
@@ -123,40 +162,11 @@ void low_rank(const factors *table, const real *x, real *y, float *hidden, float
     for (long n = 0; n < rows; n++, x += in) {
         for (long i = 0; i < in; i += LANES) store_float(wide + i, load(x + i));
         for (long m = 0; m < maps; y += sizes[m], m++, table++) {
-            long rank = table->rank, size = sizes[m], r = 0;
-            if (!rank) continue;
-            const real *after = n + 1 < rows || m + 1 < maps ? table[1].a : table->b;
-            for (; r + 4 <= rank; r += 4) {
-                const real *a = table->a + r * in, *next = r + 8 <= rank ? a + 4 * in : table->b;
-                long apart = r + 8 <= rank ? in : size;
-                vec sum[4] = {{0}};
-                for (long i = 0; i < in; i += LANES) {
-                    vec u = load_float(wide + i);
-                    ahead(next + i, apart);
-                    for (int k = 0; k < 4; k++) sum[k] += u * load(a + k * in + i);
-                }
-                vec4 all = totals(sum);
-                memcpy(hidden + r, &all, sizeof all);
-            }
-            for (; r < rank; r++) {
-                vec s = {0};
-                for (long i = 0; i < in; i += LANES) s += load_float(wide + i) * load(table->a + r * in + i);
-                hidden[r] = total(s);
-            }
+            if (!table->rank) continue;
+            long size = sizes[m], last = n + 1 == rows && m + 1 == maps;
+            inward(table, wide, hidden, in, size);
             for (long o = 0; o < size; o += LANES) store_float(out + o, load(y + o));
-            for (r = 0; r + 4 <= rank; r += 4) {
-                const real *b = table->b + r * size, *next = r + 8 <= rank ? b + 4 * size : after;
-                long apart = r + 8 <= rank ? size : in;
-                for (long o = 0; o < size; o += LANES) {
-                    ahead(next + o, apart);
-                    store_float(out + o, load_float(out + o) + hidden[r] * load(b + o)
-                        + hidden[r + 1] * load(b + size + o) + hidden[r + 2] * load(b + 2 * size + o)
-                        + hidden[r + 3] * load(b + 3 * size + o));
-                }
-            }
-            for (; r < rank; r++)
-                for (long o = 0; o < size; o += LANES)
-                    store_float(out + o, load_float(out + o) + hidden[r] * load(table->b + r * size + o));
+            outward(table, hidden, out, last ? table->b : table[1].a, in, size);
             for (long o = 0; o < size; o += LANES) store(y + o, load_float(out + o));
         }
     }
