@@ -53,13 +53,17 @@ def _agree(probe: Callable[[K, Some], Pairs], kernels: K, dtype: torch.dtype) ->
     # whatever the caller's modes are
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         pairs = probe(kernels, _some(dtype))
-    same = all(
-        torch.allclose(own.float(), other.float(), rtol=0, atol=error * float(other.abs().max()))
-        for own, other in pairs
-    )
-    if not same:
+    if not all(_near(own, other, error) for own, other in pairs):
         log.warning("kernels compiled for %s differ from torch here, and are not used", dtype)
-    return same
+        return False
+    return True
+
+
+def _near(own: Tensor, other: Tensor, error: float) -> bool:
+    """Whether two tensors are the same up to an error relative to the largest number; tokens must be equal."""
+    if not other.is_floating_point():
+        return torch.equal(own, other)
+    return torch.allclose(own.float(), other.float(), rtol=0, atol=error * float(other.abs().max()))
 
 
 def _steps(kernels: Kernels, some: Some) -> Pairs:
