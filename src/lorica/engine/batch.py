@@ -268,8 +268,10 @@ class Batch:
             self._replays.clear()
 
     def _vacate(self) -> None:
-        for row in self._rows:
-            if row.dead and row.place is not None:
+        gone = [row for row in self._rows if row.dead and row.place is not None]
+        # the last first: those behind it are gone by then, and none of them is moved into its place
+        for row in sorted(gone, key=lambda row: -1 if row.place is None else -row.place.index):
+            if row.place is not None:
                 self.cache.drop(row.place)
                 row.place = None
 

@@ -7,12 +7,12 @@ such form keeps its own forward. Refuses to know caches, sampling and methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lorica.adapters.adapter import Adapter
 from lorica.core.update import LinearUpdate, Update
@@ -20,13 +20,17 @@ from lorica.engine.chain import Walk, outside, walk_of
 from lorica.engine.executor import Executor
 from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
 from lorica.engine.fast import bare_norms, gated_blocks
-from lorica.engine.groups import Group, Shared, Stand, groups_of, hooked
+from lorica.engine.groups import Group, Stand, groups_of, hooked
+from lorica.engine.joined import JoinedMaps
 from lorica.engine.native.kernels import Kernels
 from lorica.engine.route import Stack
-from lorica.engine.step_blocks import GatedStep, Joined, RotaryStep, Turn, norm_step, rotary_parts
+from lorica.engine.step_blocks import GatedStep, RotaryStep, Turn, norm_step, rotary_parts
+from lorica.engine.step_walk import Maps, step_walk
 
 IDLE = 8
-"""Updates of so many adapters without rows are kept for the next ones."""
+"""Updates of so many adapters without rows are kept for the next ones at least."""
+IDLE_BYTES = 2**26
+"""Those of more adapters are, as long as all of them take no more memory than that."""
 Forwards = list[tuple[nn.Module, Any]]
 
 
@@ -40,6 +44,7 @@ class Updates:
         self.memo: dict[tuple[str, Adapter], Update] = {}
         self._folds: dict[Stack, dict[tuple[str, torch.dtype], Folded | None]] = {}
         self._stamps: dict[Adapter, tuple[int, int]] = {}
+        self._bytes: dict[Adapter, int] = {}
 
     def use(self, adapters: Iterable[Adapter]) -> None:
         """These have rows now. Forgets what changed since, and who has had none for long."""
@@ -50,9 +55,15 @@ class Updates:
                 self._drop({adapter})
 
     def tidy(self, present: frozenset[Adapter]) -> None:
-        """Forget all but these and the last few others."""
-        idle = [adapter for adapter in self._stamps if adapter not in present]
-        self.forget(idle[: max(0, len(idle) - IDLE)])
+        """Forget all but these and the last others."""
+        idle = [adapter for adapter in reversed(self._stamps) if adapter not in present]
+        total, kept = 0, 0
+        for adapter in idle:
+            total += self._bytes.get(adapter, 0)
+            if kept >= IDLE and total > IDLE_BYTES:
+                break
+            kept += 1
+        self.forget(idle[kept:])
 
     def known(self) -> list[Adapter]:
         """Whose updates are kept."""
@@ -64,6 +75,7 @@ class Updates:
             self._drop(gone)
             for adapter in gone:
                 self._stamps.pop(adapter, None)
+                self._bytes.pop(adapter, None)
 
     def _drop(self, gone: set[Adapter]) -> None:
         for key in [key for key in self.memo if key[1] in gone]:
@@ -80,33 +92,28 @@ class Updates:
         if (site, dtype) not in own:
             updates = [executor.lowered(adapter, site) for adapter in acting]
             linear = [u for u in updates if isinstance(u, LinearUpdate)]
-            own[site, dtype] = fold(linear, executor.backbone.bias(site), dtype, kernels) if linear else NOTHING
+            made = fold(linear, executor.backbone.bias(site), dtype, kernels) if linear else NOTHING
+            own[site, dtype] = made
+            for adapter in acting:
+                self._bytes[adapter] = self._bytes.get(adapter, 0) + _bytes(made, updates)
         return own[site, dtype]
+
+
+def _bytes(folded: Folded | None, updates: Sequence[Update]) -> int:
+    """Memory that is kept of a stack's update at a site; about, as an update may be views of its adapter."""
+    if folded is None:
+        return sum(
+            u.delta.numel() * u.delta.element_size()
+            for u in updates
+            if isinstance(u, LinearUpdate) and u.delta is not None
+        )
+    parts = (folded.A_RI, folded.B_OR, folded.in_scale_I, folded.out_scale_O, folded.shift_O)
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
 def stamp(adapter: Adapter) -> tuple[int, int]:
     """Another one where an adapter's values are others."""
     return id(adapter.flat), adapter.flat._version
-
-
-class _Step(Shared):
-    """A group while rows are sampled: the base product of all members, and the gathered factors of the rows."""
-
-    def __init__(self, group: Group, factors: GroupFactors | None) -> None:
-        super().__init__(group)
-        self.factors = factors
-
-    def joined(self, x: Tensor) -> Tensor:
-        """The outputs of all members side by side, [N, ΣO]."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        factors = self.factors
-        y_NO = self.group.maps.forward(x_NI if factors is None else factors.scaled(x_NI))
-        return y_NO if factors is None else factors.add(x_NI, y_NO)
-
-    def compute(self, x: Tensor) -> list[Tensor]:
-        y_NO = self.joined(x)
-        y = y_NO.view(*x.shape[:-1], y_NO.shape[1])
-        return [y] if len(self.group.maps.sizes) == 1 else list(y.split(self.group.maps.sizes, dim=-1))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,31 +131,37 @@ def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> St
     norms, and blocks of known form.
     """
     backbone = executor.backbone
-    if executor.compute not in (None, backbone.dtype) or torch.is_autocast_enabled(backbone.device.type):
-        return Step([])
-    if backbone.dtype == torch.float16:  # its adapters compute in float32
+    if not _computes_alike(executor):
         return Step([])
     kernels = executor.kernels(backbone.dtype)
     norms = bare_norms(executor, {adapter: None for stack in stacks for adapter in stack})
     stood = ((module, norm_step(norm, kernels)) for module, norm in norms)
     forwards: Forwards = [(module, forward) for module, forward in stood if forward is not None]
-    whole: dict[tuple[nn.Module, ...], Joined] = {}
+    walks = executor.walks(backbone.dtype)
+    whole: dict[Maps, JoinedMaps] = {}
+    distinct, runs = _runs(stacks, [1] * len(stacks))
     for group in groups_of(executor):
         if not group.free:
             continue
-        factors, slow = _factors(executor, [m.site for m in group.members], stacks, updates, kernels)
-        step = _Step(group, factors)
+        sites = [m.site for m in group.members]
+        maps, slow = _folds(executor, sites, distinct, updates, kernels)
+        step = JoinedMaps(group, _gathered(executor, sites, maps, runs, kernels), walks)
         forwards += [(m.module, Stand(step, i)) for i, m in enumerate(group.members) if i not in slow]
         if not slow and not any(hooked(m.module) for m in group.members):
-            whole[tuple(m.module for m in group.members)] = step.joined
+            whole[tuple(m.module for m in group.members)] = step
     forwards += _blocks(executor, whole, {module for module, _ in forwards}, kernels)
     standing = dict(forwards)
     walk = walk_of(executor, standing)
-    return Step(forwards if walk is None else outside(executor, standing), walk)
+    if walk is None:
+        return Step(forwards)
+    if walks is not None:
+        adapted = {maps: step.adapted for maps, step in whole.items()}
+        walk = step_walk(executor, standing, adapted, walks, walk)
+    return Step(outside(executor, standing), walk)
 
 
 def _blocks(
-    executor: Executor, whole: dict[tuple[nn.Module, ...], Joined], plain: set[nn.Module], kernels: Kernels | None
+    executor: Executor, whole: Mapping[Maps, JoinedMaps], plain: set[nn.Module], kernels: Kernels | None
 ) -> Forwards:
     """Stand-ins for blocks all of whose maps are joined, and whose norms are `plain`: no adapter changes them."""
     turn = Turn()
@@ -157,26 +170,63 @@ def _blocks(
         maps, out = whole.get(rotary.maps), whole.get((rotary.out,))
         bare = "forward" not in rotary.module.__dict__ and plain.issuperset(rotary.norms)
         if maps is not None and out is not None and bare and not any(hooked(norm) for norm in rotary.norms):
-            forwards.append((rotary.module, RotaryStep(rotary, maps, out, turn, kernels)))
+            forwards.append((rotary.module, RotaryStep(rotary, maps.joined, out.joined, turn, kernels)))
     for block in gated_blocks(executor):
         both, down = whole.get((block.gate, block.up)), whole.get((block.down,))
         if both is not None and down is not None and "forward" not in block.module.__dict__:
-            forwards.append((block.module, GatedStep(block, both, down, kernels)))
+            forwards.append((block.module, GatedStep(block, both.joined, down.joined, kernels)))
     return forwards
 
 
-def _factors(
-    executor: Executor, sites: Sequence[str], stacks: Sequence[Stack], updates: Updates, kernels: Kernels | None
-) -> tuple[GroupFactors | None, frozenset[int]]:
-    """The factors of the rows' stacks at maps of one input, and which of the maps must go the general way."""
-    runs: list[tuple[int, int]] = []
+def prompt_maps(
+    executor: Executor, stacks: Sequence[Stack], lengths: Sequence[int], updates: Updates
+) -> dict[Group, JoinedMaps]:
+    """For prompts in a packed pass, each of one stack: groups with low-rank updates alone. There are none without
+    kernels that read factors where they lie.
+    """
+    kernels = executor.kernels(executor.backbone.dtype)
+    if kernels is None or not _computes_alike(executor):
+        return {}
+    distinct, runs = _runs(stacks, lengths)
+    found = {}
+    for group in groups_of(executor):
+        sites = [m.site for m in group.members]
+        maps, slow = _folds(executor, sites, distinct, updates, kernels)
+        vectors = (v for column in maps for f in column for v in (f.in_scale_I, f.out_scale_O, f.shift_O))
+        if not group.free or slow or any(v is not None for v in vectors):
+            continue
+        factors = _gathered(executor, sites, maps, runs, kernels)
+        if factors is None or factors.only_low is not None:
+            found[group] = JoinedMaps(group, factors)
+    return found
+
+
+def _computes_alike(executor: Executor) -> bool:
+    """Whether adapters compute in the backbone's dtype, or wider within the kernels."""
+    dtype = executor.backbone.dtype  # the adapters of float16 compute in float32
+    plain = executor.compute in (None, dtype) and not torch.is_autocast_enabled(executor.backbone.device.type)
+    return plain and dtype != torch.float16
+
+
+def _runs(stacks: Sequence[Stack], lengths: Sequence[int]) -> tuple[list[Stack], list[tuple[int, int]]]:
+    """Neighbours of one stack together, and their positions `[start, stop)`."""
     distinct: list[Stack] = []
-    for row, stack in enumerate(stacks):
+    runs: list[tuple[int, int]] = []
+    at = 0
+    for stack, length in zip(stacks, lengths, strict=True):
         if distinct and distinct[-1] == stack:
-            runs[-1] = (runs[-1][0], row + 1)
+            runs[-1] = (runs[-1][0], at + length)
         else:
             distinct.append(stack)
-            runs.append((row, row + 1))
+            runs.append((at, at + length))
+        at += length
+    return distinct, runs
+
+
+def _folds(
+    executor: Executor, sites: Sequence[str], distinct: Sequence[Stack], updates: Updates, kernels: Kernels | None
+) -> tuple[list[list[Folded]], frozenset[int]]:
+    """What each stack does at maps of one input, and which of the maps must go the general way."""
     weight = executor.backbone.weight(sites[0])
     kernels = kernels if kernels is not None and kernels.dtype == weight.dtype else None
     few = len(distinct) <= FEW and weight.device.type == "cpu" and kernels is None
@@ -191,7 +241,19 @@ def _factors(
             slow.add(i)
             whole = [NOTHING] * len(distinct)
         maps.append(whole)
+    return maps, frozenset(slow)
+
+
+def _gathered(
+    executor: Executor,
+    sites: Sequence[str],
+    maps: Sequence[Sequence[Folded]],
+    runs: Sequence[tuple[int, int]],
+    kernels: Kernels | None,
+) -> GroupFactors | None:
+    """The factors of all rows at maps of one input; None where no stack has any."""
     if all(f is NOTHING for column in maps for f in column):
-        return None, frozenset(slow)
-    sizes = [executor.backbone.weight(site).shape[0] for site in sites]
-    return GroupFactors(maps, sizes, runs, len(stacks), kernels), frozenset(slow)
+        return None
+    weights = [executor.backbone.weight(site) for site in sites]
+    kernels = kernels if kernels is not None and kernels.dtype == weights[0].dtype else None
+    return GroupFactors(maps, [w.shape[0] for w in weights], runs, runs[-1][1], kernels)

@@ -20,7 +20,8 @@ from lorica.core.update import LinearUpdate, Update
 from lorica.engine.equation import Dropout, Mask
 from lorica.engine.native.kernels import Kernels
 from lorica.engine.native.passes import Passes
-from lorica.engine.native.proved import kernels_for, passes_for
+from lorica.engine.native.proved import kernels_for, passes_for, walks_here
+from lorica.engine.native.walk import Walks
 from lorica.engine.replay import GRAPHS
 from lorica.engine.route import Route, Segment
 from lorica.models.backbone import Backbone
@@ -82,6 +83,10 @@ class Executor:
     def passes(self, dtype: torch.dtype) -> Passes | None:
         """Kernels in C for training passes, likewise."""
         return None if self.kernels(dtype) is None else passes_for(dtype)
+
+    def walks(self, dtype: torch.dtype) -> Walks | None:
+        """Kernels in C for whole steps, likewise."""
+        return walks_here() if dtype == torch.float32 and self.kernels(dtype) is not None else None
 
     def acts(self, adapter: Adapter, site: str) -> bool:
         """Whether an adapter acts at a site."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorica.core.update import LinearUpdate
 from lorica.core.update import LowRank as Factors
-from lorica.engine.native.kernels import LANES, Kernels, LowRank
+from lorica.engine.native.kernels import LANES, Kernels, LowRank, RowFactors
 
 FEW = 4
 """Up to so many distinct stacks, all maps of a group are one product (fewer calls, hardly more bytes), and factors of a
@@ -27,7 +27,7 @@ half-precision base are float32 on a CPU, whose products of so few numbers are f
 @dataclass(frozen=True, slots=True)
 class Folded:
     """`y = out_scale ⊙ ((x ⊙ in_scale) W₀ᵀ + b₀ + x Aᵀ Bᵀ) + shift` of one stack at one site; scales are folded into
-    B.
+    B. `pair` are the factors as kernels read them.
     """
 
     A_RI: Tensor | None
@@ -35,6 +35,7 @@ class Folded:
     in_scale_I: Tensor | None
     out_scale_O: Tensor | None
     shift_O: Tensor | None
+    pair: RowFactors | None = None
 
 
 NOTHING = Folded(None, None, None, None, None)
@@ -64,6 +65,7 @@ def fold(
         cast(first.in_scale_I),
         cast(first.out_scale_O),
         cast(shift_O),
+        None if kernels is None or A_RI is None or B_OR is None else RowFactors(A_RI, B_OR.mT),
     )
 
 
@@ -160,7 +162,7 @@ class GroupFactors:
     Args:
         maps: for each map, the folded update of each distinct stack.
         sizes: outputs of each map.
-        runs: for each distinct stack, its rows `[start, stop)`.
+        runs: for each distinct stack, its rows `[start, stop)`; they follow each other.
         rows: rows of the batch.
     """
 
@@ -179,9 +181,16 @@ class GroupFactors:
         present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
         self.low: _LowRank | LowRank | None = None
         if present and kernels is not None and _suits(maps, sizes):
-            self.low = LowRank(kernels, _by_row(maps, runs, rows), sizes)
+            counts = [stop - start for start, stop in runs]
+            self.low = LowRank(kernels, [[f.pair for f in own] for own in zip(*maps, strict=True)], sizes, counts)
         elif present:
             self.low = _LowRank([[column[t] for t in present] for column in maps], sizes, [runs[t] for t in present])
+
+    @property
+    def only_low(self) -> LowRank | None:
+        """The rows' factors, where these are all that the updates are and the kernels read them."""
+        vectors = (self.in_scale_NI, self.out_scale_NO, self.shift_NO)
+        return self.low if isinstance(self.low, LowRank) and all(v is None for v in vectors) else None
 
     def scaled(self, x_NI: Tensor) -> Tensor:
         """What the frozen maps read."""
@@ -200,17 +209,6 @@ class GroupFactors:
 def _suits(maps: Sequence[Sequence[Folded]], sizes: Sequence[int]) -> bool:
     widths = {f.A_RI.shape[1] for column in maps for f in column if f.A_RI is not None}
     return not any(width % LANES for width in (*widths, *sizes))
-
-
-def _by_row(
-    maps: Sequence[Sequence[Folded]], runs: Sequence[tuple[int, int]], rows: int
-) -> list[list[tuple[Tensor, Tensor] | None]]:
-    """A [R, I] and B [R, O] of each row at each map."""
-    found: list[list[tuple[Tensor, Tensor] | None]] = [[None] * len(maps) for _ in range(rows)]
-    for t, (start, stop) in enumerate(runs):
-        own = [(f.A_RI, f.B_OR.mT) if f.A_RI is not None and f.B_OR is not None else None for f in (c[t] for c in maps)]
-        found[start:stop] = [list(own) for _ in range(start, stop)]
-    return found
 
 
 def _fill(stacked: Tensor, parts: Sequence[Tensor | None]) -> None:

@@ -7,9 +7,10 @@ them. Refuses to know examples, losses and methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeGuard
 
 import torch
@@ -21,6 +22,7 @@ from lorica.engine.few_rows import few_rows, pairs_of
 from lorica.engine.fused import FusedNorm, Gated, fused_parts
 from lorica.engine.fused_norms import AdaptedNorm
 from lorica.engine.groups import Group, Shared, Stand, groups_of, hooked, standing_in
+from lorica.engine.joined import JoinedMaps
 from lorica.engine.linear import FEW, Base, Make, adapted_linear
 from lorica.engine.linear_sites import is_sum, parts_of, stacked_linear
 from lorica.engine.native.nodes import NativeGate, NativeNorm, NativeTurn
@@ -95,7 +97,7 @@ def _needs_a_node(item: Work) -> bool:
 class _GatedForward:
     """The forward of a gated block: what `down` reads is made again in backward."""
 
-    def __init__(self, block: Gated, down: _Pass, make: Make) -> None:
+    def __init__(self, block: Gated, down: _Pass | JoinedMaps, make: Make) -> None:
         self.block, self.down, self.make = block, down, make
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -103,13 +105,16 @@ class _GatedForward:
 
 
 @contextmanager
-def fast_modules(executor: Executor) -> Iterator[None]:
-    """Inside, the backbone's modules compute packed passes the fast way. Without effect under autocast."""
+def fast_modules(executor: Executor, known: Mapping[Group, JoinedMaps] = MappingProxyType({})) -> Iterator[None]:
+    """Inside, the backbone's modules compute packed passes the fast way. Without effect under autocast. `known` are
+    groups whose updates are known beforehand; what they compute has no gradients.
+    """
     if torch.is_autocast_enabled(executor.backbone.device.type):
         yield
         return
     kernels = executor.passes(executor.backbone.dtype)
-    passes = {g.members[0].module: _Pass(executor, g, kernels) for g in groups_of(executor) if g.free}
+    free = (g for g in groups_of(executor) if g.free)
+    passes = {g.members[0].module: known.get(g) or _Pass(executor, g, kernels) for g in free}
     norms, blocks = _fused(executor)
     native = _native(executor, kernels)
     route = executor.live_route()
@@ -122,8 +127,8 @@ def fast_modules(executor: Executor) -> Iterator[None]:
         forwards += [(m.module, Stand(shared, i)) for i, m in enumerate(shared.group.members)]
     for block in blocks:
         down = passes.get(block.down)
-        free = "forward" not in block.module.__dict__ and not hooked(block.down)
-        if down is not None and len(down.sites) == 1 and free:
+        bare_block = "forward" not in block.module.__dict__ and not hooked(block.down)
+        if down is not None and len(down.group.members) == 1 and bare_block:
             forwards.append((block.module, _GatedForward(block, down, native.gates.get(block.module, block.make))))
     forwards += rotary_passes(native.turns, {module for module, _ in bare})
     with standing_in(forwards):

@@ -105,6 +105,7 @@ class KVCache:
         self._claims: dict[int, list[int]] = {}
         self._order: list[Place | None] = []
         self._maps: list[tuple[Lane, Tensor | None]] | None = None
+        self._places: Tensor | None = None
 
     # -- promises --------------------------------------------------------------------------------------------------
 
@@ -227,10 +228,21 @@ class KVCache:
         lane = lanes[0][0] if len(lanes) == 1 and lanes[0][1] is None else None
         return lane if lane is not None and lane.steady else None
 
+    def alone(self) -> tuple[Lane, Tensor] | None:
+        """The lane that holds all of the step's rows, and the place of each row in it, below zero for a row without
+        one; None where there are several lanes.
+        """
+        lanes = self._lanes()
+        if len(lanes) != 1:
+            return None
+        if self._places is None:
+            self._places = torch.tensor([-1 if place is None else place.index for place in self._order])
+        return lanes[0][0], self._places
+
     def _lanes(self) -> list[tuple[Lane, Tensor | None]]:
         """Lanes with the step's rows that are in them, in the order of the lane; None where those are all, in order."""
         if self._maps is None:
-            self._maps = []
+            self._maps, self._places = [], None
             for lane in self.lanes.values():
                 found: list[int] = [-1] * len(lane.rows)
                 for row, place in enumerate(self._order):

@@ -270,6 +270,10 @@ class Lane:
             return y_BQK.view(rows, 1, heads, -1).to(q_RHTK.dtype)
         return y_BQK.view(rows, heads, tokens, -1).transpose(1, 2).to(q_RHTK.dtype)
 
+    def memory(self, module: nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The keys and values of all places, and what `Kernels.attend` reads as `seen`; as long as `version` is."""
+        return *self._layers[module], *self._seen(module)
+
     def _seen(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """The first slot that each row sees, and the one before which a window hides nothing: prefixes are always
         seen.

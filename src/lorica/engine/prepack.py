@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.engine.native.passes import ROWS, Passes
+from lorica.engine.native.walk import Walks
 
 LEAST = 4
 """Fewer rows are filled up to so many: these kernels read a weight up to a third slower for one row or two."""
@@ -75,6 +76,7 @@ class FrozenMaps:
         self.few: Passes | None = None
         self._forward: PackedWeight | None = None
         self._back: PackedWeight | None = None
+        self._panels: Tensor | None = None
 
     @property
     def dense(self) -> list[Tensor]:
@@ -85,6 +87,12 @@ class FrozenMaps:
     def bytes(self) -> int:
         """Of the weights in full."""
         return sum(math.prod(w.shape) * w.dtype.itemsize for w in self._weights)
+
+    def panels(self, walks: Walks) -> Tensor | None:
+        """The weights as `walk.Adapted` reads them, where the processor's cache holds them all; None elsewhere."""
+        if self.few is not None and self._panels is None:
+            self._panels = walks.panels(self.dense)
+        return self._panels
 
     def forward(self, x_NI: Tensor) -> Tensor:
         """The outputs of all maps side by side [N, ΣO]."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from lorica.data.packing import end_to_end
 from lorica.engine.attention import without_mask
 from lorica.engine.chain import Walk
+from lorica.engine.decode import Updates, prompt_maps
 from lorica.engine.fast import fast_modules
 from lorica.engine.kv_cache import Filling, KVCache
 from lorica.engine.kv_lane import Kept
@@ -70,17 +71,19 @@ def head(trunk: Trunk, hidden_ND: Tensor) -> Tensor:
     return backbone.logits_transform(backbone.head(hidden_ND))
 
 
-def read(trunk: Trunk, prompts: Sequence[Prompt], *, keep: bool) -> list[Read]:
-    """One packed pass over prompts; with `keep`, their keys and values too."""
+def read(trunk: Trunk, prompts: Sequence[Prompt], *, keep: bool, updates: Updates | None = None) -> list[Read]:
+    """One packed pass over prompts; with `keep`, their keys and values too. `updates` are what is kept of adapters that
+    do not change.
+    """
     lengths = [len(prompt.tokens) for prompt in prompts]
     cache = KVCache(trunk.backbone.device) if keep else None
     if cache is not None:
         cache.filling = Filling([prompt.prefix for prompt in prompts])
-    with (
-        trunk.host.rows([prompt.stack for prompt in prompts], lengths=lengths),
-        fast_modules(trunk.host.executor),
-    ):
-        with caching(trunk, cache):
+    stacks, executor = [prompt.stack for prompt in prompts], trunk.host.executor
+    with trunk.host.rows(stacks, lengths=lengths):
+        plain = updates is not None and not trunk.longer(len(stacks))
+        known = prompt_maps(executor, stacks, lengths, updates) if updates is not None and plain else {}
+        with fast_modules(executor, known), caching(trunk, cache):
             hidden_ND = trunk.hidden(end_to_end([prompt.tokens for prompt in prompts]))
         found, start = [], 0
         for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
@@ -145,7 +148,8 @@ def _scores(
     rows = max(8, CHUNK_BYTES // (8 * vocabulary))
     for at in range(0, count - 1, rows):
         stop = min(count - 1, at + rows)
-        logits_CV = run(hidden_ND[start + at : start + stop], start + at)
+        with fast_modules(trunk.host.executor):
+            logits_CV = run(hidden_ND[start + at : start + stop], start + at)
         logprobs_CV = logits_CV.float().log_softmax(-1)
         own_C = logprobs_CV.gather(1, targets[at + 1 : stop + 1, None])[:, 0]
         logprobs[at + 1 : stop + 1] = own_C.cpu().numpy()

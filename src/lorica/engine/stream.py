@@ -305,7 +305,9 @@ class Stream:
                     Prompt(r.prompt, r.stack, job.prefix, r.prompt_logprobs, r.topk_prompt)
                     for job, r in ((job, job.request) for job, _ in group)
                 ]
-                found = read(self.trunk, asked, keep=any(job.goes_on and job.stepwise for job, _ in group))
+                found = read(
+                    self.trunk, asked, keep=any(job.goes_on and job.stepwise for job, _ in group), updates=self._updates
+                )
         except Exception as error:
             if len(group) > 1:
                 for pair in group:

@@ -82,6 +82,10 @@ class Trunk:
             soft = [sum(p.shape[0] for p in row) for row in self._prompts(len(stacks))]
             return list(zip(soft, self.hub.prefix_lengths(len(stacks)), strict=True)) if stacks else []
 
+    def longer(self, rows: int) -> bool:
+        """Whether soft prompts stand before some of the rows under the present route."""
+        return any(self._prompts(rows))
+
     def tensor(self, values: Sequence[float] | object, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device=self.host.backbone.device)
 

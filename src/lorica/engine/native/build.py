@@ -88,7 +88,8 @@ def _cache() -> Path:
 def _fingerprint(source: Path, macros: Sequence[str], compiler: str) -> str:
     """Another one for another source, compiler or processor."""
     resolved = Path(compiler).resolve()
-    texts = [source.read_text(), *(header.read_text() for header in sorted(source.parent.glob("*.h")))]
+    # what it includes is among these
+    texts = [source.name, *(other.read_text() for other in sorted(source.parent.glob("*.[ch]")))]
     about = [*texts, *FLAGS, *macros, str(resolved), str(resolved.stat().st_mtime_ns), _processor()]
     return hashlib.sha256("\0".join(about).encode()).hexdigest()[:20]
 

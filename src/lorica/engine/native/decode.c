@@ -115,60 +115,108 @@ void attend(const float *q, const float *k, const real *v, float *keys, float *v
 /* The factors of one row at one map; a null A adapts nothing. A [rank, in], B [rank, out]. */
 typedef struct { const real *a, *b; int64_t rank; } factors;
 
-/* hidden = A x; rows of B, `size` long, are read next. */
-static inline void inward(const factors *own, const float *x, float *hidden, long in, long size) {
+/* Rows that read the same factors together. */
+#define BUNCH 4
+
+/* hidden = A x of R rows, `in` and `rank` apart; rows of B, `size` long, are read next. */
+static inline __attribute__((always_inline)) void inward(const factors *own, const float *x, float *hidden, long in,
+                                                         long size, const int R) {
     long rank = own->rank, r = 0;
     for (; r + 4 <= rank; r += 4) {
         const real *a = own->a + r * in, *next = r + 8 <= rank ? a + 4 * in : own->b;
         long apart = r + 8 <= rank ? in : size;
-        vec sum[4] = {{0}};
+        vec sum[BUNCH][4] = {{{0}}};
         for (long i = 0; i < in; i += LANES) {
-            vec u = load_float(x + i);
             ahead(next + i, apart);
-            for (int k = 0; k < 4; k++) sum[k] += u * load(a + k * in + i);
+            for (int k = 0; k < 4; k++) {
+                vec v = load(a + k * in + i);
+                for (int n = 0; n < R; n++) sum[n][k] += load_float(x + n * in + i) * v;
+            }
         }
-        vec4 all = totals(sum);
-        memcpy(hidden + r, &all, sizeof all);
+        for (int n = 0; n < R; n++) {
+            vec4 all = totals(sum[n]);
+            memcpy(hidden + n * rank + r, &all, sizeof all);
+        }
     }
-    for (; r < rank; r++) {
-        vec s = {0};
-        for (long i = 0; i < in; i += LANES) s += load_float(x + i) * load(own->a + r * in + i);
-        hidden[r] = total(s);
-    }
+    for (; r < rank; r++)
+        for (int n = 0; n < R; n++) {
+            vec s = {0};
+            for (long i = 0; i < in; i += LANES) s += load_float(x + n * in + i) * load(own->a + r * in + i);
+            hidden[n * rank + r] = total(s);
+        }
 }
 
-/* y += hidden B; rows of `after`, `in` long, are read next. */
-static inline void outward(const factors *own, const float *hidden, float *y, const real *after, long in, long size) {
+/* y += hidden B of R rows, `stride` apart; rows of `after`, `in` long, are read next. */
+static inline __attribute__((always_inline)) void outward(const factors *own, const float *hidden, float *y,
+                                                          const real *after, long in, long size, long stride, const int R) {
     long rank = own->rank, r = 0;
     for (; r + 4 <= rank; r += 4) {
         const real *b = own->b + r * size, *next = r + 8 <= rank ? b + 4 * size : after;
         long apart = r + 8 <= rank ? size : in;
         for (long o = 0; o < size; o += LANES) {
+            vec v[4];
             ahead(next + o, apart);
-            store_float(y + o, load_float(y + o) + hidden[r] * load(b + o) + hidden[r + 1] * load(b + size + o)
-                + hidden[r + 2] * load(b + 2 * size + o) + hidden[r + 3] * load(b + 3 * size + o));
+            for (int k = 0; k < 4; k++) v[k] = load(b + k * size + o);
+            for (int n = 0; n < R; n++) {
+                const float *h = hidden + n * rank + r;
+                float *at = y + n * stride + o;
+                store_float(at, load_float(at) + h[0] * v[0] + h[1] * v[1] + h[2] * v[2] + h[3] * v[3]);
+            }
         }
     }
     for (; r < rank; r++)
-        for (long o = 0; o < size; o += LANES)
-            store_float(y + o, load_float(y + o) + hidden[r] * load(own->b + r * size + o));
+        for (int n = 0; n < R; n++)
+            for (long o = 0; o < size; o += LANES) {
+                float *at = y + n * stride + o;
+                store_float(at, load_float(at) + hidden[n * rank + r] * load(own->b + r * size + o));
+            }
 }
 
-/* y[n] += x[n] A^T B at every map, side by side.  x [rows, in], y [rows, sum of sizes], hidden [largest rank],
-   wide [in + largest size]; table [rows, maps]. */
+/* Numbers in float: themselves, or copies at `wide`. Copies are written back by `narrowed`. */
+#ifdef HALF
+static inline float *widened(const real *x, float *wide, long count) {
+    for (long i = 0; i < count; i += LANES) store_float(wide + i, load(x + i));
+    return wide;
+}
+static inline void narrowed(const float *wide, real *y, long count) {
+    for (long i = 0; i < count; i += LANES) store(y + i, load_float(wide + i));
+}
+#else
+static inline float *widened(const real *x, float *wide, long count) { return (float *)x; }
+static inline void narrowed(const float *wide, real *y, long count) {}
+#endif
+
+/* How many rows, one or BUNCH, have the factors of the first. */
+static inline long alike(const factors *table, long rows, long maps) {
+    if (rows < BUNCH) return 1;
+    for (int n = 1; n < BUNCH; n++)
+        if (memcmp(table, table + n * maps, maps * sizeof *table)) return 1;
+    return BUNCH;
+}
+
+/* y[n] += x[n] A^T B at every map, side by side.  x [rows, in], y [rows, sum of sizes], table [rows, maps],
+   hidden [BUNCH largest rank], wide [BUNCH (in + sum of sizes)] */
 void low_rank(const factors *table, const real *x, real *y, float *hidden, float *wide, const int64_t *sizes,
               long rows, long in, long maps) {
-    float *out = wide + in;
-    for (long n = 0; n < rows; n++, x += in) {
-        for (long i = 0; i < in; i += LANES) store_float(wide + i, load(x + i));
-        for (long m = 0; m < maps; y += sizes[m], m++, table++) {
-            if (!table->rank) continue;
-            long size = sizes[m], last = n + 1 == rows && m + 1 == maps;
-            inward(table, wide, hidden, in, size);
-            for (long o = 0; o < size; o += LANES) store_float(out + o, load(y + o));
-            outward(table, hidden, out, last ? table->b : table[1].a, in, size);
-            for (long o = 0; o < size; o += LANES) store(y + o, load_float(out + o));
+    long all = 0, count;
+    for (long m = 0; m < maps; m++) all += sizes[m];
+    for (long n = 0; n < rows; n += count, table += count * maps, x += count * in, y += count * all) {
+        count = alike(table, rows - n, maps);
+        const float *row = widened(x, wide, count * in);
+        float *out = widened(y, wide + BUNCH * in, count * all), *own = out;
+        for (long m = 0; m < maps; own += sizes[m], m++) {
+            const factors *f = table + m;
+            if (!f->rank) continue;
+            const real *after = n + count == rows && m + 1 == maps ? f->b : m + 1 == maps ? table[count * maps].a : f[1].a;
+            if (count == 1) {
+                inward(f, row, hidden, in, sizes[m], 1);
+                outward(f, hidden, own, after, in, sizes[m], all, 1);
+            } else {
+                inward(f, row, hidden, in, sizes[m], BUNCH);
+                outward(f, hidden, own, after, in, sizes[m], all, BUNCH);
+            }
         }
+        narrowed(out, y, count * all);
     }
 }
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ LANES = 16
 """Widths are multiples of this."""
 BLOCK = 256
 """Logits whose mass is summed up together."""
+BUNCH = 4
+"""Rows that read the same factors together."""
+NO_ENTRY = 0, 0, 0
 _POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _FORMS: dict[str, list[Any]] = {
     "norm": [_POINTER] * 5 + [_LONG] * 2 + [_FLOAT],
@@ -152,25 +157,57 @@ class Kernels:
         return token_R, logprob_R
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowFactors:
+    """A [R, I] and B [R, O], as `LowRank` reads them."""
+
+    A_RI: Tensor
+    B_RO: Tensor
+    entry: tuple[int, int, int] = field(init=False)
+    numbers: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        assert self.A_RI.is_contiguous()
+        assert self.B_RO.is_contiguous()
+        entry = self.A_RI.data_ptr(), self.B_RO.data_ptr(), self.A_RI.shape[0]
+        object.__setattr__(self, "entry", entry)
+        object.__setattr__(self, "numbers", self.A_RI.numel() + self.B_RO.numel())
+
+
 class LowRank:
     """`y_n += x_n Aᵀ B` of rows with factors of their own at maps of one input, whose outputs are side by side.
 
     Args:
-        rows: for each row and each map A [R, I] and B [R, O], None for a map that the row leaves as it is.
+        rows: for each row what it has at each map, None for a map that the row leaves as it is.
         sizes: the outputs of each map.
+        counts: neighbours that have the factors of one of `rows`; by default one each.
     """
 
     def __init__(
-        self, kernels: Kernels, rows: Sequence[Sequence[tuple[Tensor, Tensor] | None]], sizes: Sequence[int]
+        self,
+        kernels: Kernels,
+        rows: Sequence[Sequence[RowFactors | None]],
+        sizes: Sequence[int],
+        counts: Sequence[int] | None = None,
     ) -> None:
         self._held = rows  # the table below holds addresses alone
-        known = [pair for row in rows for pair in row if pair is not None]
-        assert all(f.is_contiguous() and f.dtype == kernels.dtype for pair in known for f in pair)
-        self._ranks, self._inputs = max(a.shape[0] for a, _ in known), known[0][0].shape[1]
-        table = [[_entry(pair) for pair in row] for row in rows]
-        self._table, self._sizes, self._largest = torch.tensor(table), torch.tensor(sizes), max(sizes)
-        self._numbers = sum(a.numel() + b.numel() for a, b in known)
+        known = [own for row in rows for own in row if own is not None]
+        assert all(own.A_RI.dtype == own.B_RO.dtype == kernels.dtype for own in known)
+        self._ranks, self._inputs = max(own.entry[2] for own in known), known[0].A_RI.shape[1]
+        # through numpy: torch takes four times as long for nested lists
+        table = np.array([[NO_ENTRY if own is None else own.entry for own in row] for row in rows], np.int64)
+        self._table = torch.from_numpy(table)
+        self._sizes, self._outputs = torch.tensor(sizes), sum(sizes)
+        if counts is not None:
+            self._table = self._table.repeat_interleave(torch.tensor(counts), 0)
+        each = counts or [1] * len(rows)
+        self.numbers = sum(n * own.numbers for row, n in zip(rows, each, strict=True) for own in row if own is not None)
         self._run, self._dtype = kernels._low_rank, kernels.dtype
+
+    @property
+    def table(self) -> tuple[int, int, int, int]:
+        """The addresses of the rows' factors and of the maps' sizes, the number of maps, and the largest rank."""
+        return self._table.data_ptr(), self._sizes.data_ptr(), self._sizes.shape[0], self._ranks
 
     def add(self, x_NI: Tensor, y_NO: Tensor) -> None:
         """Add to y in place."""
@@ -180,13 +217,8 @@ class LowRank:
 
         def part(start: int, stop: int) -> None:
             own = (t[start:stop] for t in (self._table, x_NI, y_NO))
-            scratch = torch.empty(self._ranks), torch.empty(self._inputs + self._largest), self._sizes
-            pointers = [t.data_ptr() for t in (*own, *scratch)]
+            hidden, wide = torch.empty(BUNCH * self._ranks), torch.empty(BUNCH * (self._inputs + self._outputs))
+            pointers = [t.data_ptr() for t in (*own, hidden, wide, self._sizes)]
             self._run(*pointers, stop - start, self._inputs, self._sizes.shape[0])
 
-        spread(part, x_NI.shape[0], self._numbers)
-
-
-def _entry(pair: tuple[Tensor, Tensor] | None) -> list[int]:
-    """The addresses of A and B, and their rank."""
-    return [0, 0, 0] if pair is None else [pair[0].data_ptr(), pair[1].data_ptr(), pair[0].shape[0]]
+        spread(part, x_NI.shape[0], self.numbers)

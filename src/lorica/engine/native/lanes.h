@@ -1,6 +1,8 @@
 /* Sixteen numbers at a time. `real` is the dtype of a backbone, float or (with -DHALF) bfloat16; all arithmetic is in
    float. In: contiguous memory. Refuses to know what is computed. */
 
+#pragma once
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.engine.native import kernels as steps
+from lorica.engine.native import walk
 from lorica.engine.native.build import library
-from lorica.engine.native.kernels import MACROS, Kernels, LowRank
+from lorica.engine.native.kernels import MACROS, Kernels, LowRank, RowFactors
 from lorica.engine.native.passes import SOURCE, Pair, Passes
+from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Walks
 
 Some = Callable[..., Tensor]
 """Random numbers of a shape, in the dtype of the kernels or another."""
@@ -41,6 +43,17 @@ def passes_for(dtype: torch.dtype) -> Passes | None:
     code = library(SOURCE, MACROS[dtype]) if dtype in MACROS else None
     found = None if code is None else Passes(code, dtype)
     return found if found is not None and _agree(_passes, found, dtype) else None
+
+
+@functools.cache
+def walks_here() -> Walks | None:
+    """The kernels for whole steps, likewise."""
+    code = library(walk.SOURCE)
+    found = None if code is None else Walks(code)
+    kernels = kernels_for(torch.float32)
+    if found is None or kernels is None:
+        return None
+    return found if _agree(lambda own, some: _walks(own, kernels, some), found, torch.float32) else None
 
 
 def _some(dtype: torch.dtype) -> Some:
@@ -88,12 +101,14 @@ def _factors(kernels: Kernels, some: Some) -> Pairs:
     """Three rows at two maps: with factors at both, at the second, at the first."""
     x_RI, y_RO, sizes = some(3, 64), some(3, 96), (64, 32)
     missing = {(1, 0), (2, 1)}
-    rows = [[None if (n, m) in missing else (some(5, 64), some(5, sizes[m])) for m in (0, 1)] for n in range(3)]
+    rows = [
+        [None if (n, m) in missing else RowFactors(some(5, 64), some(5, sizes[m])) for m in (0, 1)] for n in range(3)
+    ]
     wanted_RO = y_RO.float()
     for row, own in enumerate(rows):
         for start, pair in zip((0, 64), own, strict=True):
             if pair is not None:
-                a, b = (part.float() for part in pair)
+                a, b = pair.A_RI.float(), pair.B_RO.float()
                 wanted_RO[row, start : start + b.shape[1]] += x_RI[row].float() @ a.T @ b
     LowRank(kernels, rows, sizes).add(x_RI, y_RO)
     B_OR = some(32, 5, dtype=torch.float32)
@@ -181,3 +196,66 @@ def _products(passes: Passes, some: Some) -> Pairs:
         found.append((passes.linear_forth(x_NI, weights, bias_O), F.linear(x_NI.float(), wide_OI, bias_O.float())))
         found.append((passes.linear_back(dy_NO, weights), dy_NO.float() @ wide_OI))
     return found
+
+
+def _walks(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
+    """Products of up to a tile of rows and one more, then two layers by their parts; one row sees nothing."""
+    pairs: Pairs = []
+    weight_OI, bias_O = some(96, 32), some(96)
+    laid = walks.panels([weight_OI[:64], weight_OI[64:]])
+    assert laid is not None
+    for rows in range(1, 10):
+        x_NI = some(rows, 32)
+        own = [
+            [RowFactors(some(5, 32), some(5, n)) if (row, n) != (1, 64) else None for n in (64, 32)]
+            for row in range(rows)
+        ]
+        low = LowRank(kernels, own, (64, 32))
+        wanted_NO = F.linear(x_NI, weight_OI, bias_O)
+        low.add(x_NI, wanted_NO)
+        pairs.append((Adapted(walks, laid, bias_O, low)(x_NI), wanted_NO))
+    return pairs + _layers(walks, kernels, some)
+
+
+def _layers(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
+    heads, width, inner, rows, places, slot = (4, 2, 16), 64, 48, 3, torch.tensor([2, -1, 0]), 5
+
+    def maps(inputs: int, outputs: int) -> Adapted:
+        laid = walks.panels([some(outputs, inputs) * inputs**-0.5])
+        assert laid is not None
+        return Adapted(walks, laid, None, None)
+
+    def norm(size: tuple[int, ...]) -> Norm:
+        return Norm(1 + 0.1 * some(*size), 1e-6)
+
+    def layer(turn: Norm | None, window: int) -> Layer:
+        both = maps(width, 2 * inner), maps(inner, width)
+        return Layer(norm((width,)), maps(width, 128), turn, maps(64, width), norm((width,)), *both, 0.3, window)
+
+    chosen, last = [layer(norm((6, 16)), 0), layer(None, 4)], norm((width,))
+    seen = torch.tensor([0, 2, 1]), torch.tensor([1, 2, 1])
+    memory = [Memory(some(6, 8, 16), some(6, 8, 16), *seen) for _ in chosen]
+    kept = [(own.keys.clone(), own.values.clone()) for own in memory]
+    x_RD, turns = some(rows, width), (some(rows, 16), some(rows, 16))
+    whole = Layers(walks, chosen, last, heads)
+    whole.remember(memory)
+    y_RD = whole(x_RD.clone(), turns, places, slot)
+    for own, (keys, values) in zip(chosen, kept, strict=True):
+        norm_, turn = kernels.norm(x_RD, own.norm.factor_D, own.norm.eps), own.turn
+        qkv_RO = own.qkv(norm_)
+        q, k = kernels.turn(qkv_RO, None if turn is None else turn.factor_D, *turns, heads, 1e-6)
+        mixed_RHK = torch.zeros(rows, 4, 16)
+        for row, place in enumerate(places.tolist()):
+            if place >= 0:
+                one, at = slice(row, row + 1), slice(2 * place, 2 * place + 2)
+                newest = q[one], k[one], qkv_RO[one].view(1, 8, 16)[:, 6:]
+                spans = seen[0][place : place + 1], seen[1][place : place + 1]
+                mixed_RHK[one] = kernels.attend(*newest, (keys[at], values[at]), spans, slot, own.window, own.scale)
+        x_RD, y = kernels.sum_norm(x_RD, own.out(mixed_RHK.flatten(1)), own.after.factor_D, own.after.eps)
+        x_RD = x_RD + own.down(kernels.gate(own.both(y)))
+    pairs = [(y_RD, kernels.norm(x_RD, last.factor_D, last.eps))]
+    return pairs + [
+        (new, old)
+        for own, old_ in zip(memory, kept, strict=True)
+        for new, old in zip((own.keys, own.values), old_, strict=True)
+    ]

@@ -3,6 +3,8 @@
    In: contiguous memory. Out: the same numbers as torch's own operations up to rounding; all arithmetic is in float.
    Refuses to know how many rows there are and where they lie. */
 
+#pragma once
+
 #include "lanes.h"
 
 static inline float inverse_root(const real *x, long width, float eps) {

@@ -1,0 +1,129 @@
+/* A whole decoding step in one call: adapted maps, and layers made of those and of what decode.c has.
+
+   In: contiguous memory of torch tensors, and where each part of a trunk lies. Out: final hidden states of rows of one
+   token each. A row's numbers never depend on another row's, nor on how many there are. Refuses to know modules, adapters'
+   methods and Python; knows neither threads nor allocation. In float alone. */
+
+#include "rows.h"
+#pragma GCC visibility push(hidden) /* ours, whatever else in the process has these names */
+#include "decode.c"
+#pragma GCC visibility pop
+
+#define PANEL (2 * LANES)
+#define TILE 8
+
+/* Maps of one input side by side. `weight`: panels [out / PANEL, in, PANEL]; `bias` [out] and `table` [rows, maps] may be
+   null. */
+typedef struct { const float *weight, *bias; const factors *table; const int64_t *sizes; int64_t in, out, maps, rank; } linear;
+
+typedef struct {
+    linear qkv, out, both, down;
+    const float *norm, *after, *turn;
+    float *keys, *values; /* [places, groups, capacity, dim] */
+    const int64_t *first, *always; /* of each place, as `attend` reads them */
+    int64_t window;
+    float eps, after_eps, turn_eps, scale;
+} layer;
+
+typedef struct { const layer *layers; const float *norm; int64_t count, width, heads, groups, dim, capacity; float eps; } trunk;
+
+/* One panel of y for R rows. */
+static inline __attribute__((always_inline)) void tile(const float *x, const float *w, const float *bias, float *y, long in,
+                                                       long out, const int R) {
+    vec a[TILE], b[TILE];
+    for (int r = 0; r < R; r++) {
+        a[r] = bias ? load_float(bias) : (vec){0};
+        b[r] = bias ? load_float(bias + LANES) : (vec){0};
+    }
+    for (long i = 0; i < in; i++, w += PANEL) {
+        vec u = load_float(w), v = load_float(w + LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) { float s = x[r * in + i]; a[r] += u * s; b[r] += v * s; }
+    }
+    for (int r = 0; r < R; r++) { store_float(y + r * out, a[r]); store_float(y + r * out + LANES, b[r]); }
+}
+
+static void product(const linear *m, const float *x, float *y, long rows) {
+    long in = m->in, out = m->out;
+    const float *w = m->weight;
+    for (long o = 0; o < out; o += PANEL, w += PANEL * in)
+        for (long n = 0; n < rows; n += TILE) {
+            const float *own = x + n * in, *bias = m->bias ? m->bias + o : 0;
+            float *at = y + n * out + o;
+            switch (rows - n) {
+            case 1: tile(own, w, bias, at, in, out, 1); break;
+            case 2: tile(own, w, bias, at, in, out, 2); break;
+            case 3: tile(own, w, bias, at, in, out, 3); break;
+            case 4: tile(own, w, bias, at, in, out, 4); break;
+            case 5: tile(own, w, bias, at, in, out, 5); break;
+            case 6: tile(own, w, bias, at, in, out, 6); break;
+            case 7: tile(own, w, bias, at, in, out, 7); break;
+            default: tile(own, w, bias, at, in, out, 8);
+            }
+        }
+}
+
+/* weight [out, in] as panels. */
+void panels(const float *weight, float *y, long out, long in) {
+    for (long o = 0; o < out; o += PANEL)
+        for (long i = 0; i < in; i++)
+            for (long k = 0; k < PANEL; k++) *y++ = weight[(o + k) * in + i];
+}
+
+/* y = x W^T + b, and y[n] += x[n] A^T B at every map, of the rows [start, stop) of x and y.
+   scratch [BUNCH largest rank] */
+static void adapted_rows(const linear *m, const float *x, float *y, float *scratch, long start, long stop) {
+    product(m, x, y, stop - start);
+    if (m->table)
+        low_rank(m->table + start * m->maps, x, y, scratch, 0, m->sizes, stop - start, m->in, m->maps);
+}
+
+void adapted(const linear *m, const float *x, float *y, float *scratch, long start, long stop) {
+    adapted_rows(m, x + start * m->in, y + start * m->out, scratch, start, stop);
+}
+
+/* y = the trunk's last norm of x [rows, width], embeddings that are overwritten. Cosines and sines [rows, dim]; `places` of
+   rows in the memory of keys, where they are below zero a row sees nothing. scratch: `walk_scratch` for as many rows. */
+long walk_scratch(const trunk *t, long rows) {
+    long most = 0, low = 0, dim = t->dim, own = t->heads / t->groups;
+    for (const layer *l = t->layers; l < t->layers + t->count; l++) {
+        const linear *all[4] = {&l->qkv, &l->out, &l->both, &l->down};
+        long wide = l->qkv.out > l->both.out + l->down.in ? l->qkv.out : l->both.out + l->down.in;
+        most = wide > most ? wide : most;
+        for (int k = 0; k < 4; k++) low = BUNCH * all[k]->rank > low ? BUNCH * all[k]->rank : low;
+    }
+    return rows * (most + t->width + (2 * t->heads + t->groups) * dim) + own * t->capacity + low;
+}
+
+void walk(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y, float *scratch,
+          long start, long stop, long slot) {
+    long rows = stop - start, width = t->width, heads = t->heads, groups = t->groups, dim = t->dim;
+    float *branch = scratch, *q = branch + rows * width, *k = q + rows * heads * dim, *mixed = k + rows * groups * dim;
+    float *scores = mixed + rows * heads * dim, *wide = scores + heads / groups * t->capacity;
+    const layer *l = t->layers, *end = l + t->count;
+    x += start * width; y += start * width; cosines += start * dim; sines += start * dim; places += start;
+    norm(x, 0, t->count ? l->norm : t->norm, 0, y, rows, width, t->count ? l->eps : t->eps);
+    for (; l < end; l++) {
+        long own = l->qkv.out, kept = groups * t->capacity * dim;
+        float *low = wide + rows * own;
+        adapted_rows(&l->qkv, y, wide, low, start, stop);
+        turn(wide, l->turn, cosines, sines, q, k, rows, heads, groups, dim, own, l->turn_eps);
+        for (long n = 0; n < rows; n++) {
+            float *out = mixed + n * heads * dim;
+            long p = places[n];
+            if (p < 0) { memset(out, 0, heads * dim * sizeof *out); continue; }
+            attend(q + n * heads * dim, k + n * groups * dim, wide + n * own + (heads + groups) * dim, l->keys + p * kept,
+                   l->values + p * kept, out, scores, l->first + p, l->always + p, 1, heads, groups, dim, own, t->capacity,
+                   slot, l->window, l->scale);
+        }
+        adapted_rows(&l->out, mixed, branch, low, start, stop);
+        norm(x, branch, l->after, x, y, rows, width, l->after_eps);
+        float *gated = wide + rows * l->both.out;
+        low = gated + rows * l->down.in;
+        adapted_rows(&l->both, y, wide, low, start, stop);
+        gate(wide, gated, rows, l->down.in);
+        adapted_rows(&l->down, gated, branch, low, start, stop);
+        int last = l + 1 == end;
+        norm(x, branch, last ? t->norm : l[1].norm, x, y, rows, width, last ? t->eps : l[1].eps);
+    }
+}

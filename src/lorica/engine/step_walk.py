@@ -1,0 +1,93 @@
+"""All layers of a chain in one call of a kernel, while rows are sampled token by token.
+
+In: a chain, the stand-ins of its modules in a step, the step's joined maps. Out: a walk, where every module has a
+stand-in that the kernel knows; rows whose keys lie in several lanes go the way of the stand-ins. Refuses to know
+adapters and families by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from torch import Tensor, nn
+
+from lorica.engine.attention import HUB
+from lorica.engine.chain import Chain, Forward, Walk, chain_of
+from lorica.engine.executor import Executor
+from lorica.engine.kv_lane import Lane
+from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Walks
+from lorica.engine.step_blocks import GatedStep, NormStep, RotaryStep, signed
+from lorica.models.positions import window_of
+
+Maps = tuple[nn.Module, ...]
+
+
+class StepWalk:
+    """The walk of a step."""
+
+    def __init__(self, chain: Chain, attentions: list[nn.Module], layers: Layers, other: Walk) -> None:
+        self._chain, self._attentions, self._layers, self._other = chain, attentions, layers, other
+        self._seen: tuple[Lane, int] | None = None
+
+    def __call__(self, ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
+        cache = self._attentions[0].__dict__[HUB].cache
+        found = None if cache is None else cache.alone()
+        if found is None:
+            return self._other(ids_RT, positions_RT)
+        lane, places_R = found
+        if self._seen != (lane, lane.version):
+            self._layers.remember([Memory(*lane.memory(module)) for module in self._attentions])
+            self._seen = lane, lane.version
+        x_R1D = self._chain.embedding(ids_RT)
+        turns = signed(self._chain.rotations(x_R1D, positions_RT))
+        return self._layers(x_R1D[:, 0].clone(), turns, places_R, lane.slot)[:, None]
+
+
+def step_walk(
+    executor: Executor,
+    forwards: Mapping[nn.Module, Forward],
+    adapted: Mapping[Maps, Adapted | None],
+    walks: Walks,
+    other: Walk,
+) -> Walk:
+    """A chain's walk in one call, where that is what its stand-ins do; `other` is what they do."""
+    chain = chain_of(executor)
+    assert chain is not None
+    layers, heads = [], set()
+    for parts in chain.layers:
+        layer = _layer([forwards.get(part) for part in parts], adapted)
+        if layer is None:
+            return other
+        layers.append(layer)
+        heads.add(cast(RotaryStep, forwards[parts[1]]).rotary.heads)
+    last = _norm(forwards.get(chain.norm))
+    if last is None or len(heads) != 1:
+        return other
+    attentions = [parts[1] for parts in chain.layers]
+    return StepWalk(chain, attentions, Layers(walks, layers, last, heads.pop()), other)
+
+
+def _norm(step: Forward | None) -> Norm | None:
+    return Norm(step.factor_D, step.eps) if isinstance(step, NormStep) else None
+
+
+def _layer(steps: Sequence[Forward | None], adapted: Mapping[Maps, Adapted | None]) -> Layer | None:
+    first, attention, second, block = steps
+    before, after = _norm(first), _norm(second)
+    if before is None or after is None or not isinstance(attention, RotaryStep) or not isinstance(block, GatedStep):
+        return None
+    if attention.kernels is None or block.kernels is None:
+        return None
+    rotary, settings = attention.rotary, attention.rotary.settings
+    maps = [
+        adapted.get(own)
+        for own in (rotary.maps, (rotary.out,), (block.block.gate, block.block.up), (block.block.down,))
+    ]
+    if any(own is None for own in maps) or any(settings.get(name) is not None for name in ("softcap", "s_aux")):
+        return None
+    qkv, out, both, down = cast("list[Adapted]", maps)
+    turn = None if rotary.norm_SK is None else Norm(rotary.norm_SK, rotary.eps)
+    scale, window = settings.get("scaling"), settings.get("sliding_window", window_of(rotary.module))
+    scale = rotary.heads[2] ** -0.5 if scale is None else scale
+    return Layer(before, qkv, turn, out, after, both, down, scale, window or 0)
