@@ -7,11 +7,11 @@ In: nothing. Out: time of a token and ratios of one run. Prompts cost the same i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.models import LINEARS, RANK, another, qwen3
 from benchmarks.timing import command, products_share, seconds
@@ -25,22 +25,33 @@ PROMPT, VOCABULARY = 32, 32_000
 
 
 class Peft:
-    """PEFT's own generate, greedy, one adapter, unmerged, over a copy of the model that shares its weights."""
+    """PEFT's own generate, unmerged, over a copy of the model that shares its weights: each call for another adapter."""
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(
+        self, base: Any, targets: Sequence[str] = LINEARS, *, adapters: int = 1, sampled: bool = False
+    ) -> None:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS)
-        self.model = get_peft_model(another(base), config).eval()
-        self.ids = torch.randint(3, VOCABULARY, (1, PROMPT), device=next(base.parameters()).device)
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(targets))
+        self.model = get_peft_model(another(base), config, adapter_name="0")
+        for number in range(1, adapters):
+            self.model.add_adapter(str(number), config)
+        self.model.eval()
+        self.ids = torch.randint(
+            3, base.get_input_embeddings().num_embeddings, (1, PROMPT), device=next(base.parameters()).device
+        )
+        self.sampled = sampled
+        self._turns = itertools.cycle(map(str, range(adapters))) if adapters > 1 else None
 
     def __call__(self, tokens: int) -> None:
+        if self._turns is not None:
+            self.model.set_adapter(next(self._turns))
         self.model.generate(
             input_ids=self.ids,
             attention_mask=torch.ones_like(self.ids),
             max_new_tokens=tokens,
             min_new_tokens=tokens,
-            do_sample=False,
+            do_sample=self.sampled,
             use_cache=True,
             pad_token_id=0,
         )

@@ -22,7 +22,7 @@ from lorica.engine.prefixes import Prefixes
 from lorica.engine.prompts import Prompt, feed, head, read, read_on
 from lorica.engine.replay import Replays
 from lorica.engine.requests import Event
-from lorica.engine.route import Stack
+from lorica.engine.route import Route, Stack
 from lorica.engine.trunk import Trunk
 
 THIN = 0.75
@@ -89,7 +89,7 @@ class Batch:
         self._passing: list[Row] = []
         self._stale = False
         self._stacks: list[Stack] = []
-        self._step = Step([])
+        self._step, self._route = Step([]), Route([])
 
     @property
     def live(self) -> int:
@@ -196,7 +196,7 @@ class Batch:
 
     def _logits(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
         cache = self.cache
-        with self.host.rows(self._stacks), standing_in(self._step.forwards):
+        with self.host.routed(self._route), standing_in(self._step.forwards):
             self.host.begin()
             hidden_RD = feed(self.trunk, cache, inputs["ids"], cache.positions(), self._step.walk)[:, 0]
             return [head(self.trunk, hidden_RD)]
@@ -237,6 +237,7 @@ class Batch:
             self._step = Step([])  # frees the old factors before there are new ones
             self._replays.clear()
             self._step = step_of(self.host.executor, stacks, self.updates)
+            self._route = Route(stacks, counts={})  # nothing is trained, so no pass is counted
         self._rows, self._stacks, self._stale = live, stacks, False
         self.cache.order([row.place for row in live])
 
@@ -264,7 +265,7 @@ class Batch:
         self._vacate()
         self._passing = [row for row in self._passing if not row.dead]
         if not any(row.place for row in self._rows):
-            self._rows, self._stacks, self._step = [], [], Step([])
+            self._rows, self._stacks, self._step, self._route = [], [], Step([]), Route([])
             self._replays.clear()
 
     def _vacate(self) -> None:

@@ -192,8 +192,7 @@ def prompt_maps(
     for group in groups_of(executor):
         sites = [m.site for m in group.members]
         maps, slow = _folds(executor, sites, distinct, updates, kernels)
-        vectors = (v for column in maps for f in column for v in (f.in_scale_I, f.out_scale_O, f.shift_O))
-        if not group.free or slow or any(v is not None for v in vectors):
+        if not group.free or slow or not all(f.bare for column in maps for f in column):
             continue
         factors = _gathered(executor, sites, maps, runs, kernels)
         if factors is None or factors.only_low is not None:

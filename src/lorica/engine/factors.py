@@ -37,6 +37,11 @@ class Folded:
     shift_O: Tensor | None
     pair: RowFactors | None = None
 
+    @property
+    def bare(self) -> bool:
+        """Whether there are factors at most."""
+        return self.in_scale_I is None and self.out_scale_O is None and self.shift_O is None
+
 
 NOTHING = Folded(None, None, None, None, None)
 """What a stack does at a site that none of its adapters adapts."""
@@ -175,9 +180,13 @@ class GroupFactors:
         kernels: Kernels | None = None,
     ) -> None:
         self.rows = rows
-        self.in_scale_NI = _rowwise([[f.in_scale_I for f in maps[0]]], [0], runs, rows, 1.0)
-        self.out_scale_NO = _rowwise([[f.out_scale_O for f in column] for column in maps], sizes, runs, rows, 1.0)
-        self.shift_NO = _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0)
+        self.in_scale_NI: Tensor | None = None
+        self.out_scale_NO: Tensor | None = None
+        self.shift_NO: Tensor | None = None
+        if not all(f.bare for column in maps for f in column):
+            self.in_scale_NI = _rowwise([[f.in_scale_I for f in maps[0]]], [0], runs, rows, 1.0)
+            self.out_scale_NO = _rowwise([[f.out_scale_O for f in column] for column in maps], sizes, runs, rows, 1.0)
+            self.shift_NO = _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0)
         present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
         self.low: _LowRank | LowRank | None = None
         if present and kernels is not None and _suits(maps, sizes):

@@ -69,6 +69,7 @@ class Host:
         self.executor = Executor(backbone)
         self.adapters: dict[str, Adapter] = {}
         self._layouts: dict[tuple[str, str, str], Layout] = {}
+        self.removals = 0  # adapters that were here, and are not any more
         self._merge: Merge | None = None
         self._hooks = Hooks(self.executor)
 
@@ -154,6 +155,7 @@ class Host:
             raise MergeError(f"Adapter {name!r} is merged into the weights; call unmerge() first.")
         self._hooks.route(self._without(self._hooks.routed, adapter))
         del self.adapters[name]
+        self.removals += 1
 
     @staticmethod
     def _without(route: Route | None, gone: Adapter) -> Route | None:
@@ -212,7 +214,7 @@ class Host:
     def disabled(self) -> Iterator[None]:
         """Inside, the model is the base, bit for bit. Nests; leaving, by an exception too, restores what was active."""
         frozen = nullcontext() if self._merge is None else self._merge.suspended()
-        with self._routed(None), frozen:
+        with self.routed(None), frozen:
             yield
 
     @contextmanager
@@ -232,7 +234,7 @@ class Host:
         """
         if lengths is not None:
             self.attention_hub()
-        with self._routed(Route(self.stacks(names), lengths=lengths, counts=counts, numbers=numbers)):
+        with self.routed(Route(self.stacks(names), lengths=lengths, counts=counts, numbers=numbers)):
             yield
 
     def stacks(self, names: Sequence[RowSpec]) -> list[Stack]:
@@ -240,7 +242,8 @@ class Host:
         return [self._stack(entry) for entry in names]
 
     @contextmanager
-    def _routed(self, route: Route | None) -> Iterator[None]:
+    def routed(self, route: Route | None) -> Iterator[None]:
+        """Inside, batches have this routing, of resident adapters; None is the base."""
         if self._merge is not None and route is not None:
             raise MergeError("An adapter is merged into the weights; call unmerge() before routing rows.")
         before = self._hooks.routed
@@ -388,5 +391,6 @@ class Host:
         if self._merge is not None:
             self.unmerge()
         self._hooks.remove()
+        self.removals += len(self.adapters)
         self.adapters.clear()
         return self.backbone

@@ -31,6 +31,7 @@ class Job:
         stepwise: whether its rows go on behind kept keys, and not by a pass over all of them for every token.
         pending: how many draws have no row yet, the last ones; rows: those that are being sampled.
         over: finished, failed or cancelled; nothing more is to be computed.
+        plain: whether a token is drawn from the whole vocabulary, and nothing else is asked of it.
     """
 
     request: StreamRequest
@@ -43,6 +44,11 @@ class Job:
     rows: list[Row] = field(default_factory=list)
     samples: dict[int, Sample] = field(default_factory=dict)
     over: bool = False
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        params = self.request.params
+        self.plain = params.top_k is None and params.top_p >= 1 and not self.request.topk_sample
 
     @property
     def need(self) -> int:
@@ -151,11 +157,9 @@ def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event], kernels: K
 
 def _drawn(rows: Sequence[Row], logits_RV: Tensor, kernels: Kernels | None) -> tuple[list[int], list[float]] | None:
     """Tokens and log-probabilities of rows that ask for no more, in one call; None where one does."""
-    requests = [row.job.request for row in rows]
-    plain = all(r.params.top_k is None and r.params.top_p >= 1 and not r.topk_sample for r in requests)
-    if kernels is None or not plain or not logits_RV.is_contiguous():
+    if kernels is None or not all(row.job.plain for row in rows) or not logits_RV.is_contiguous():
         return None
-    heats = [request.params.temperature for request in requests]
+    heats = [row.job.request.params.temperature for row in rows]
     uniform = [torch.rand((), generator=row.rng).item() if heat else 0.0 for row, heat in zip(rows, heats, strict=True)]
     tokens_R, values_R = kernels.draw(logits_RV, heats, uniform)
     return tokens_R.tolist(), values_R.tolist()

@@ -77,13 +77,13 @@ class Route:
         """The route of one forward pass. In training, every adapter present that is not held counts it, unless the call
         is counted.
         """
-        counts = self.counts
-        if counts is None:
-            counts = {}
-            for adapter in self._adapters if training else []:
-                if not adapter.held:
-                    adapter.forwards += 1
-                    counts[adapter] = adapter.forwards
+        if self.counts is not None:
+            return self
+        counts: dict[Adapter, int] = {}
+        for adapter in self._adapters if training else []:
+            if not adapter.held:
+                adapter.forwards += 1
+                counts[adapter] = adapter.forwards
         return self.with_lengths(self.lengths, counts)
 
     def with_lengths(self, lengths: Sequence[int] | None, counts: Mapping[Adapter, int] | None = None) -> Route:

@@ -70,6 +70,7 @@ class Stream:
         self._waiting: list[Job] = []  # whose prompt was not read, or some of whose draws have no row
         self._batches: dict[Job | None, Batch] = {}
         self._inside = False
+        self._removals = host.removals
 
     # -- requests --------------------------------------------------------------------------------------------------
 
@@ -195,6 +196,9 @@ class Stream:
 
     def _expel(self, events: list[Event]) -> None:
         """Fail requests whose adapters have left the host."""
+        if self._removals == self.host.removals:
+            return
+        self._removals = self.host.removals
         for job in self._jobs.values():
             try:
                 self.host.stacks([job.request.stack])

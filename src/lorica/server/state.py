@@ -121,8 +121,8 @@ async def _sweep(server: Server) -> None:
             log.warning("sweeping: %s", error.message)
 
 
-def get_server(request: Request) -> Server:
-    """The server of this app."""
+async def get_server(request: Request) -> Server:
+    """The server of this app. A coroutine, as what is none costs a request a thread."""
     return cast(Server, request.app.state.server)
 
 
@@ -131,7 +131,7 @@ ServerDep = Annotated[Server, Depends(get_server)]
 
 async def get_caller(request: Request) -> Caller:
     """Who asks. Raises ApiError 401."""
-    return await get_server(request).auth.caller(request)
+    return await (await get_server(request)).auth.caller(request)
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]

@@ -94,8 +94,10 @@ class Writer:
         settled: list[tuple[Future[Any], Any, BaseException | None]] = []
         try:
             with self._engine.begin() as connection:
-                for fn, future in group:
-                    settled.append((future, *self._run(connection, fn)))
+                if len(group) == 1:  # nobody else to be kept: a failure ends the transaction
+                    settled.append((group[0][1], group[0][0](connection), None))
+                else:
+                    settled += [(future, *self._run(connection, fn)) for fn, future in group]
         except BaseException as error:  # the transaction is gone: nobody is told that anything was written
             shown = translated(error, f"write {self._where}")
             settled = [(future, None, shown) for _, future in group]

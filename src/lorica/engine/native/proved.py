@@ -204,7 +204,7 @@ def _walks(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
     weight_OI, bias_O = some(96, 32), some(96)
     laid = walks.panels([weight_OI[:64], weight_OI[64:]])
     assert laid is not None
-    for rows in range(1, 10):
+    for rows in range(1, 14):
         x_NI = some(rows, 32)
         own = [
             [RowFactors(some(5, 32), some(5, n)) if (row, n) != (1, 64) else None for n in (64, 32)]

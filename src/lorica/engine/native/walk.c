@@ -10,7 +10,11 @@
 #pragma GCC visibility pop
 
 #define PANEL (2 * LANES)
-#define TILE 8
+#ifdef __AVX512F__
+#define TILE 12 /* rows whose sums of one panel stay in registers */
+#else
+#define TILE 3
+#endif
 
 /* Maps of one input side by side. `weight`: panels [out / PANEL, in, PANEL]; `bias` [out] and `table` [rows, maps] may be
    null. */
@@ -30,14 +34,14 @@ typedef struct { const layer *layers; const float *norm; int64_t count, width, h
 /* One panel of y for R rows. */
 static inline __attribute__((always_inline)) void tile(const float *x, const float *w, const float *bias, float *y, long in,
                                                        long out, const int R) {
-    vec a[TILE], b[TILE];
+    vec a[R], b[R];
     for (int r = 0; r < R; r++) {
         a[r] = bias ? load_float(bias) : (vec){0};
         b[r] = bias ? load_float(bias + LANES) : (vec){0};
     }
     for (long i = 0; i < in; i++, w += PANEL) {
         vec u = load_float(w), v = load_float(w + LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < R; r++) { float s = x[r * in + i]; a[r] += u * s; b[r] += v * s; }
     }
     for (int r = 0; r < R; r++) { store_float(y + r * out, a[r]); store_float(y + r * out + LANES, b[r]); }
@@ -50,15 +54,9 @@ static void product(const linear *m, const float *x, float *y, long rows) {
         for (long n = 0; n < rows; n += TILE) {
             const float *own = x + n * in, *bias = m->bias ? m->bias + o : 0;
             float *at = y + n * out + o;
-            switch (rows - n) {
-            case 1: tile(own, w, bias, at, in, out, 1); break;
-            case 2: tile(own, w, bias, at, in, out, 2); break;
-            case 3: tile(own, w, bias, at, in, out, 3); break;
-            case 4: tile(own, w, bias, at, in, out, 4); break;
-            case 5: tile(own, w, bias, at, in, out, 5); break;
-            case 6: tile(own, w, bias, at, in, out, 6); break;
-            case 7: tile(own, w, bias, at, in, out, 7); break;
-            default: tile(own, w, bias, at, in, out, 8);
+            switch (rows - n < TILE ? rows - n : TILE) {
+#define ROWS(r) case r: tile(own, w, bias, at, in, out, r); break;
+                ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
             }
         }
 }
