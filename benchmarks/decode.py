@@ -25,7 +25,7 @@ PROMPT, VOCABULARY = 32, 32_000
 
 
 class Peft:
-    """PEFT's own generate, unmerged, over a copy of the model that shares its weights: each call for another adapter."""
+    """PEFT's own generate, unmerged, over a copy of the model that shares its weights; one adapter after the other."""
 
     def __init__(
         self, base: Any, targets: Sequence[str] = LINEARS, *, adapters: int = 1, sampled: bool = False

@@ -30,7 +30,7 @@ from lorica.engine.native.proved import kernels_for, passes_for
 from lorica.engine.sample import generate
 from lorica.methods import make_method
 from lorica.models.backbone import wrap
-from lorica.sampling.logits import choose
+from lorica.sampling.logits import Draws, choose
 from lorica.sampling.params import SamplingParams
 from tests.engine.test_sample import METHODS, SPECS, prompts
 from tests.tiny import tiny
@@ -164,7 +164,7 @@ def test_a_token_is_drawn_as_torch_draws_it(vocabulary: int, heats: list[float],
     tokens, logprobs = steps(dtype).draw(logits, heats, uniform)
     params = [SamplingParams(max_tokens=1, temperature=heat) for heat in heats]
     wide = logits.float().log_softmax(-1)
-    wanted = choose(wide, params, [torch.Generator().manual_seed(i) for i in range(len(heats))])
+    wanted = choose(wide, params, [Draws(torch.Generator().manual_seed(i)) for i in range(len(heats))])
     assert logprobs == pytest.approx(wide.gather(1, tokens[:, None])[:, 0], abs=1e-5)
     for row, (token, other, heat) in enumerate(zip(tokens.tolist(), wanted.tolist(), heats, strict=True)):
         if token == other:

@@ -223,13 +223,15 @@ def test_what_a_sick_row_left_in_the_cache_is_not_seen_by_the_next_one_there():
 def test_an_adapter_that_leaves_the_host_fails_its_requests_alone():
     host = build()
     stream = Stream(host, slots=8)
-    stream.add(request(host, 0, "lora", max_tokens=9))
-    stream.add(request(host, 1, ("wide", "dora"), max_tokens=9))
+    for key in range(5):  # many enough for the batch to stay as it is
+        stream.add(request(host, key, "lora", max_tokens=9, seed=key))
+    stream.add(request(host, 5, ("wide", "dora"), max_tokens=9))
     stream.turn()
     host.delete("dora")
     found, _ = finish(stream)
-    assert isinstance(found[1], RouteError)
-    same(found[0], alone(host, request(host, 0, "lora", max_tokens=9)))
+    assert isinstance(found[5], RouteError)
+    for key in range(5):
+        same(found[key], alone(host, request(host, key, "lora", max_tokens=9, seed=key)))
 
 
 def test_other_adapters_train_between_turns_and_nothing_of_a_turn_stays_on():

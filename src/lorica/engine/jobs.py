@@ -19,7 +19,7 @@ from lorica.engine.kv_lane import Place
 from lorica.engine.native.kernels import Kernels
 from lorica.engine.prompts import Read
 from lorica.engine.requests import Event, Failed, Finished, Result, Sample, StreamRequest, Token, TopK
-from lorica.sampling.logits import choose, generators, likeliest
+from lorica.sampling.logits import Draws, choose, draws, likeliest
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +73,7 @@ class Job:
         request = self.request
         index = request.num_samples - self.pending
         self.pending -= 1
-        row = Row(self, index, generators(1, request.params, first=request.first + index)[0])
+        row = Row(self, index, draws(1, request.params, first=request.first + index)[0])
         self.rows.append(row)
         return row
 
@@ -112,7 +112,7 @@ class Row:
 
     job: Job
     index: int
-    rng: torch.Generator
+    rng: Draws
     place: Place | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -160,7 +160,7 @@ def _drawn(rows: Sequence[Row], logits_RV: Tensor, kernels: Kernels | None) -> t
     if kernels is None or not all(row.job.plain for row in rows) or not logits_RV.is_contiguous():
         return None
     heats = [row.job.request.params.temperature for row in rows]
-    uniform = [torch.rand((), generator=row.rng).item() if heat else 0.0 for row, heat in zip(rows, heats, strict=True)]
+    uniform = [row.rng() if heat else 0.0 for row, heat in zip(rows, heats, strict=True)]
     tokens_R, values_R = kernels.draw(logits_RV, heats, uniform)
     return tokens_R.tolist(), values_R.tolist()
 

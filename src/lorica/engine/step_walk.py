@@ -7,27 +7,68 @@ adapters and families by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lorica.engine.attention import HUB
 from lorica.engine.chain import Chain, Forward, Walk, chain_of
 from lorica.engine.executor import Executor
+from lorica.engine.groups import hooked
 from lorica.engine.kv_lane import Lane
 from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Walks
-from lorica.engine.step_blocks import GatedStep, NormStep, RotaryStep, signed
-from lorica.models.positions import window_of
+from lorica.engine.step_blocks import GatedStep, NormStep, RotaryStep, Rotations, signed
+from lorica.models.positions import uniform_positions, window_of
 
+KEPT = "turns"
+FIRST = 256
+"""Positions that rotations are made for at first."""
 Maps = tuple[nn.Module, ...]
+
+
+class Turns:
+    """Signed cosines and sines [R, K] of positions [R, 1], which are all that a rotation depends on: made once for all
+    positions up to the largest so far.
+    """
+
+    def __init__(self, rotations: nn.Module) -> None:
+        self._rotations, self._made = rotations, (torch.empty(0), torch.empty(0))
+
+    def __call__(self, x_R1D: Tensor, positions_R1: Tensor) -> Rotations:
+        positions_R = positions_R1.flatten()
+        count = int(positions_R.max()) + 1
+        if count > len(self._made[0]):
+            known_1P = torch.arange(max(FIRST, 2 * count), device=x_R1D.device)[None]
+            cos_P1K, sin_P1K = signed(self._rotations(x_R1D[:1], known_1P))
+            self._made = cos_P1K[:, 0].contiguous(), sin_P1K[:, 0].contiguous()
+        cos_PK, sin_PK = self._made
+        return cos_PK.index_select(0, positions_R), sin_PK.index_select(0, positions_R)
+
+
+def _turns_of(executor: Executor, chain: Chain) -> Callable[[Tensor, Tensor], Rotations]:
+    """Rotations in the form that the layers read, kept until the weights change."""
+    kept = executor.backbone.kept
+    if uniform_positions(executor.backbone.module) is not None or hooked(chain.rotations):
+        return lambda x_R1D, positions_R1: signed(chain.rotations(x_R1D, positions_R1))
+    if KEPT not in kept:
+        kept[KEPT] = Turns(chain.rotations)
+    return cast(Turns, kept[KEPT])
 
 
 class StepWalk:
     """The walk of a step."""
 
-    def __init__(self, chain: Chain, attentions: list[nn.Module], layers: Layers, other: Walk) -> None:
-        self._chain, self._attentions, self._layers, self._other = chain, attentions, layers, other
+    def __init__(
+        self,
+        chain: Chain,
+        turns: Callable[[Tensor, Tensor], Rotations],
+        attentions: list[nn.Module],
+        layers: Layers,
+        other: Walk,
+    ) -> None:
+        self._chain, self._turns, self._attentions, self._layers, self._other = chain, turns, attentions, layers, other
         self._seen: tuple[Lane, int] | None = None
 
     def __call__(self, ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
@@ -40,7 +81,7 @@ class StepWalk:
             self._layers.remember([Memory(*lane.memory(module)) for module in self._attentions])
             self._seen = lane, lane.version
         x_R1D = self._chain.embedding(ids_RT)
-        turns = signed(self._chain.rotations(x_R1D, positions_RT))
+        turns = self._turns(x_R1D, positions_RT)
         return self._layers(x_R1D[:, 0].clone(), turns, places_R, lane.slot)[:, None]
 
 
@@ -65,7 +106,8 @@ def step_walk(
     if last is None or len(heads) != 1:
         return other
     attentions = [parts[1] for parts in chain.layers]
-    return StepWalk(chain, attentions, Layers(walks, layers, last, heads.pop()), other)
+    turns = _turns_of(executor, chain)
+    return StepWalk(chain, turns, attentions, Layers(walks, layers, last, heads.pop()), other)
 
 
 def _norm(step: Forward | None) -> Norm | None:

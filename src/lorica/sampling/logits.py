@@ -1,6 +1,6 @@
 """From logits to the next token of each row.
 
-In: logits [rows, vocabulary], settings and a generator of each row. Out: token ids and their log-probabilities.
+In: logits [rows, vocabulary], settings and the uniform numbers of each row. Out: token ids and their log-probabilities.
 Refuses to know models and caches.
 """
 
@@ -18,17 +18,35 @@ Settings = SamplingParams | Sequence[SamplingParams]
 """One for all rows, or one for each."""
 
 
-def generators(rows: int, params: SamplingParams, seed: int | None = None, *, first: int = 0) -> list[torch.Generator]:
-    """A generator for each row, so that a row's draws do not depend on who shares the batch.
+class Draws:
+    """Uniform numbers in [0, 1), one a call, in the order of a generator that nobody else draws from. They are made a
+    block at a time: a call of torch for one number takes as long.
+    """
 
-    Row i's is a function of (seed, first + i) alone; `seed` stands in for the settings' own.
+    BLOCK = 32
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._ahead: list[float] = []
+
+    def __call__(self) -> float:
+        if not self._ahead:
+            self._ahead = torch.rand(self.BLOCK, generator=self._generator).tolist()[::-1]
+        return self._ahead.pop()
+
+
+def draws(rows: int, params: SamplingParams, seed: int | None = None, *, first: int = 0) -> list[Draws]:
+    """Uniform numbers for each row, so that a row's do not depend on who shares the batch.
+
+    Row i's are a function of (seed, first + i) alone; `seed` stands in for the settings' own.
     """
     own = params.seed if seed is None else seed
     digests = [hashlib.sha256(f"{own}/{row}".encode()).digest() for row in range(first, first + rows)]
-    return [torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1) for digest in digests]
+    seeds = [int.from_bytes(digest[:8], "little") >> 1 for digest in digests]
+    return [Draws(torch.Generator().manual_seed(seed)) for seed in seeds]
 
 
-def pick(logits_BV: Tensor, params: Settings, rngs: Sequence[torch.Generator]) -> tuple[Tensor, Tensor]:
+def pick(logits_BV: Tensor, params: Settings, rngs: Sequence[Draws]) -> tuple[Tensor, Tensor]:
     """Next tokens [B] and their log-probabilities [B] under the model's own distribution (temperature 1,
     untruncated).
     """
@@ -37,8 +55,8 @@ def pick(logits_BV: Tensor, params: Settings, rngs: Sequence[torch.Generator]) -
     return chosen_B, logprobs_BV.gather(-1, chosen_B[:, None])[:, 0]
 
 
-def choose(logprobs_BV: Tensor, params: Settings, rngs: Sequence[torch.Generator]) -> Tensor:
-    """Next tokens [B], from log-probabilities of every token. A greedy row draws nothing from its generator."""
+def choose(logprobs_BV: Tensor, params: Settings, rngs: Sequence[Draws]) -> Tensor:
+    """Next tokens [B], from log-probabilities of every token. A greedy row draws nothing."""
     settings = _each(params, logprobs_BV.shape[0])
     drawn = [i for i, own in enumerate(settings) if own.temperature != 0]
     if not drawn:
@@ -51,11 +69,11 @@ def choose(logprobs_BV: Tensor, params: Settings, rngs: Sequence[torch.Generator
     # the likeliest is at 0, so that a temperature of next to nothing leaves it there and not at −inf
     scores_DV = (own_DV - own_DV.amax(-1, keepdim=True)) / heat_D1.clamp_min(torch.finfo(own_DV.dtype).tiny)
     probs_DV = truncate(scores_DV, drawing).softmax(-1)
-    draw_D = torch.stack([torch.rand((), generator=rngs[i]) for i in drawn]).to(probs_DV.device)
+    draw_D = torch.tensor([rngs[i]() for i in drawn], dtype=torch.double, device=probs_DV.device)
     # inverse transform by hand: one uniform number a row, whatever the batch; the last token of positive mass is the
     # limit
     cumulative_DV = probs_DV.double().cumsum(-1)
-    target_D1 = (draw_D.double() * cumulative_DV[:, -1])[:, None]
+    target_D1 = (draw_D * cumulative_DV[:, -1])[:, None]
     chosen_D = torch.searchsorted(cumulative_DV, target_D1, right=True)[:, 0].clamp_max(probs_DV.shape[-1] - 1)
     return chosen_D if every else logprobs_BV.argmax(-1).index_copy(0, index_D, chosen_D)
 
