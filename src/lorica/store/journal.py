@@ -79,11 +79,10 @@ def append(connection: sa.Connection, entry: Entry) -> tuple[str, bool]:
     Raises DataError where that first one was done so long ago that it has left the journal.
     """
     if entry.seq is not None:
-        at = (requests.c.scope == entry.scope, requests.c.seq == entry.seq)
-        first = connection.scalar(sa.select(requests.c.id).where(*at))
+        first = connection.scalar(_FIRST, {"of_scope": entry.scope, "of_seq": entry.seq})
         if first is not None:
             return str(first), False
-        behind = connection.scalar(sa.select(runs.c.snapshot_seq).where(runs.c.id == entry.scope))
+        behind = connection.scalar(_BEHIND, {"of_scope": entry.scope})
         if behind is not None and entry.seq <= behind:
             raise DataError(
                 f"Request {entry.seq} of {entry.scope} was done before (the run is at {behind}) and its result is no "
@@ -95,7 +94,7 @@ def append(connection: sa.Connection, entry: Entry) -> tuple[str, bool]:
         "crc": checksum(entry),
         "created": now(),
     }
-    connection.execute(requests.insert(), row)
+    connection.execute(_INSERT, row)
     return entry.id, True
 
 
@@ -118,15 +117,13 @@ def finish(
     """
     failed = isinstance(outcome, Failure)
     values: dict[str, Any] = {
-        "done_at": now(),
-        "result_type": result_type,
-        "error": asdict(outcome) if isinstance(outcome, Failure) else None,
-        "result": None if failed else outcome,
+        "of_id": request_id,
+        "new_done_at": now(),
+        "new_result_type": result_type,
+        "new_error": asdict(outcome) if isinstance(outcome, Failure) else None,
+        "new_result": None if failed else outcome,
     }
-    if drop_body:
-        values |= _WITHOUT_BODY
-    open_ = (requests.c.id == request_id) & requests.c.done_at.is_(None)
-    return connection.execute(requests.update().where(open_).values(values)).rowcount == 1
+    return connection.execute(_FINISH_AND_DROP if drop_body else _FINISH, values).rowcount == 1
 
 
 def drop_body(connection: sa.Connection, request_id: str) -> None:
@@ -135,6 +132,19 @@ def drop_body(connection: sa.Connection, request_id: str) -> None:
 
 
 _WITHOUT_BODY: dict[str, Any] = {"body": None, "body_size": 0}
+_OF_ID = requests.c.id == sa.bindparam("of_id")
+# statements of every request are made once: to make one costs as much as to run it
+_INSERT = requests.insert()
+_FIRST = sa.select(requests.c.id).where(
+    requests.c.scope == sa.bindparam("of_scope"), requests.c.seq == sa.bindparam("of_seq")
+)
+_BEHIND = sa.select(runs.c.snapshot_seq).where(runs.c.id == sa.bindparam("of_scope"))
+_FINISH = (
+    requests.update()
+    .where(_OF_ID, requests.c.done_at.is_(None))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("done_at", "result_type", "error", "result")})
+)
+_FINISH_AND_DROP = _FINISH.values(_WITHOUT_BODY)
 _OUTCOME = [requests.c[name] for name in Outcome.__dataclass_fields__]
 
 
