@@ -209,7 +209,7 @@ def sampling(served: Served, tenants: list[Tenant], tokens: int, folder: Path, r
         before = cpu(served.pids())
         wall = min(wall, together(tenants, lambda tenant: tenant.sample(tokens)))
         best = min(best, cpu(served.pids()) - before)
-    name, clock, spent = f"{len(tenants)} adapters sampled", "CPU", best
+    name, clock, spent = f"{len(tenants)} adapters, {tokens} tokens sampled", "CPU", best
     if torch.cuda.is_available():
         clock, spent = "wall", wall
     return {
@@ -221,11 +221,11 @@ def sampling(served: Served, tenants: list[Tenant], tokens: int, folder: Path, r
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """One server, everything in turn."""
-    counts = [int(count) for count in options.tenants.split(",")]
+    counts, lengths = ([int(n) for n in flag.split(",")] for flag in (options.tenants, options.tokens))
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         model = str(model_at(home))
-        alone = in_process(Path(model), options.tokens, options.rounds)
+        alone = in_process(Path(model), lengths[0], options.rounds)
         library = {
             "a step of the library, s": round(alone["step"], 3),
             "one sample of the library: speed over PEFT": round(alone["peft"] / alone["sample"], 2),
@@ -233,15 +233,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with serve([model], home) as served:
             report, tenants = training(served, model, counts, options.steps, alone["step"])
             report |= idle_tenants(served, model, tenants, options.idle, options.steps, alone["step"])
-            report |= sampling(served, tenants[:1], options.tokens, Path(model), options.rounds)
+            report |= sampling(served, tenants[:1], lengths[0], Path(model), options.rounds)
             tenants += [Tenant(served, model, number) for number in range(len(tenants), options.samplers)]
-            report |= sampling(served, tenants[: options.samplers], options.tokens, Path(model), options.rounds)
+            for tokens in lengths:
+                report |= sampling(served, tenants[: options.samplers], tokens, Path(model), options.rounds)
     return library | report
 
 
 def main() -> None:
     """Run, and print."""
-    flags = {"tenants": "1,2,4,8,16", "steps": 4, "idle": 64, "samplers": 32, "tokens": 64, "rounds": 3}
+    flags = {"tenants": "1,2,4,8,16", "steps": 4, "idle": 64, "samplers": 32, "tokens": "64,128,256", "rounds": 3}
     command(__doc__, "server", measure, **flags)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorica.core.errors import LoricaError
 from lorica.engine.abilities import FAILURES, close, probe_row
-from lorica.engine.decode import Step, Updates, step_of
+from lorica.engine.decode import Step, Updates, head_maps, step_of
 from lorica.engine.groups import standing_in
 from lorica.engine.jobs import Job, Row, take
 from lorica.engine.kv_cache import Budget, KVCache
@@ -161,7 +161,9 @@ class Batch:
         """The first token of each row, from what its prompt's pass gave."""
         try:
             hidden_RD = torch.stack([row.job.read.hidden_D for row in rows if row.job.read is not None])
-            with self.host.rows([row.job.request.stack for row in rows]):
+            stacks = [row.job.request.stack for row in rows]
+            outside = head_maps(self.host.executor, stacks, self.updates)
+            with self.host.rows(stacks), standing_in(outside):
                 self.host.begin()
                 logits_RV = head(self.trunk, hidden_RD)
             take(rows, logits_RV, events, self.host.executor.kernels(logits_RV.dtype))
@@ -187,7 +189,7 @@ class Batch:
     def _decode(self, events: list[Event]) -> None:
         self._compose()
         self.cache.advance()
-        ids_R1 = self.trunk.tensor([[row.tokens[-1]] for row in self._rows])
+        ids_R1 = self.trunk.tensor([row.tokens[-1] for row in self._rows])[:, None]
         lane = self.cache.steady()
         graphs = self.host.executor.graphs and self._step.walk is not None
         key = None if lane is None or not graphs else (self._step, lane, lane.version)

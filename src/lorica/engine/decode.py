@@ -184,12 +184,31 @@ def prompt_maps(
     """For prompts in a packed pass, each of one stack: groups with low-rank updates alone. There are none without
     kernels that read factors where they lie.
     """
+    inside = [group for group in groups_of(executor) if _in_trunk(executor, group)]
+    return _low_rank_maps(executor, inside, stacks, lengths, updates)
+
+
+def head_maps(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Forwards:
+    """Stand-ins for what is behind the trunk, for one hidden state of each row; there are none for other updates."""
+    behind = [group for group in groups_of(executor) if not _in_trunk(executor, group)]
+    found = _low_rank_maps(executor, behind, stacks, [1] * len(stacks), updates)
+    return [(m.module, Stand(maps, i)) for group, maps in found.items() for i, m in enumerate(group.members)]
+
+
+def _in_trunk(executor: Executor, group: Group) -> bool:
+    """Whether a group's maps are in the trunk: a causal language model's head is not."""
+    return group.members[0].module is not executor.backbone.head
+
+
+def _low_rank_maps(
+    executor: Executor, groups: Sequence[Group], stacks: Sequence[Stack], lengths: Sequence[int], updates: Updates
+) -> dict[Group, JoinedMaps]:
     kernels = executor.kernels(executor.backbone.dtype)
     if kernels is None or not _computes_alike(executor):
         return {}
     distinct, runs = _runs(stacks, lengths)
     found = {}
-    for group in groups_of(executor):
+    for group in groups:
         sites = [m.site for m in group.members]
         maps, slow = _folds(executor, sites, distinct, updates, kernels)
         if not group.free or slow or not all(f.bare for column in maps for f in column):

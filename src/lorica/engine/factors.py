@@ -70,7 +70,7 @@ def fold(
         cast(first.in_scale_I),
         cast(first.out_scale_O),
         cast(shift_O),
-        None if kernels is None or A_RI is None or B_OR is None else RowFactors(A_RI, B_OR.mT),
+        None if kernels is None or A_RI is None or B_OR is None else _pair(A_RI, B_OR.mT),
     )
 
 
@@ -89,6 +89,11 @@ def _low_rank(
     plain = [factor.folded() for factor in factors]
     B_RO = torch.cat([f.B_OR.mT for f in plain]).to(dtype)
     return torch.cat([f.A_RI for f in plain]).to(dtype), B_RO.mT
+
+
+def _pair(A_RI: Tensor, B_RO: Tensor) -> RowFactors | None:
+    """Factors for kernels; None for widths that they do not take."""
+    return None if A_RI.shape[1] % LANES or B_RO.shape[1] % LANES else RowFactors(A_RI, B_RO)
 
 
 class _LowRank:
@@ -189,7 +194,8 @@ class GroupFactors:
             self.shift_NO = _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0)
         present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
         self.low: _LowRank | LowRank | None = None
-        if present and kernels is not None and _suits(maps, sizes):
+        whole = all(f.A_RI is None or f.pair is not None for column in maps for f in column)
+        if present and kernels is not None and whole:
             counts = [stop - start for start, stop in runs]
             self.low = LowRank(kernels, [[f.pair for f in own] for own in zip(*maps, strict=True)], sizes, counts)
         elif present:
@@ -213,11 +219,6 @@ class GroupFactors:
             return y_NO
         out_NO = y_NO if self.out_scale_NO is None else y_NO * self.out_scale_NO
         return (out_NO if self.shift_NO is None else out_NO + self.shift_NO).to(y_NO.dtype)
-
-
-def _suits(maps: Sequence[Sequence[Folded]], sizes: Sequence[int]) -> bool:
-    widths = {f.A_RI.shape[1] for column in maps for f in column if f.A_RI is not None}
-    return not any(width % LANES for width in (*widths, *sizes))
 
 
 def _fill(stacked: Tensor, parts: Sequence[Tensor | None]) -> None:

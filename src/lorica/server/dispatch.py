@@ -16,6 +16,7 @@ from typing import Any
 from lorica.core.errors import DataError
 from lorica.server import work
 from lorica.server.backbones import Backbone, Backbones
+from lorica.server.bodies import SampleBody
 from lorica.server.errors import ApiError, not_found
 from lorica.server.futures import Result
 from lorica.server.items import AHEAD, Item
@@ -178,7 +179,7 @@ class Dispatcher:
     # -- samples ------------------------------------------------------------------------------------------------------
 
     async def sample(
-        self, sampler: Sampler, backbone: Backbone, seq: int | None, body: bytes, *, tokens: int, count: int
+        self, sampler: Sampler, backbone: Backbone, seq: int | None, body: SampleBody, *, tokens: int, count: int
     ) -> str:
         """A request for samples; the id of its future. Raises ApiError 429 for a tenant that draws too many."""
         self._check_open()
@@ -186,7 +187,8 @@ class Dispatcher:
         if self.rt.futures.known(future, sampler.tenant):
             return future
         self.rt.limiter.begin_samples(sampler.tenant, count, tokens)
-        entry = Entry(sampler.tenant, sampler.id, SAMPLE, body, seq, tokens, future)
+        content = body.model_dump_json(exclude_none=True).encode()
+        entry = Entry(sampler.tenant, sampler.id, SAMPLE, content, seq, tokens, future)
         new = False
         try:
             _, new = await self.rt.database.write(lambda c: journal.append(c, entry))

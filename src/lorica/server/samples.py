@@ -37,12 +37,12 @@ SAMPLE = "sample"
 
 @dataclass(slots=True)
 class Draw:
-    """A request for samples that is not done."""
+    """A request for samples that is not done. After a restart its body is the journal's bytes."""
 
     id: str
     seq: int
     sampler: Sampler
-    body: bytes
+    body: SampleBody | bytes
     tokens: int
     count: int
     command: int = 0
@@ -125,7 +125,7 @@ class Samples:
         self._rt.finished(SAMPLE, result, draw.tokens, tenant)
 
     async def _draw(self, draw: Draw, backbone: Backbone) -> bytes:
-        body = SampleBody.model_validate(json.loads(draw.body))
+        body = draw.body if isinstance(draw.body, SampleBody) else SampleBody.model_validate(json.loads(draw.body))
         info = backbone.info
         context = info.get("context")
         sampling.check(body, context)

@@ -165,13 +165,16 @@ class RowFactors:
     B_RO: Tensor
     entry: tuple[int, int, int] = field(init=False)
     numbers: int = field(init=False)
+    dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
         assert self.A_RI.is_contiguous()
         assert self.B_RO.is_contiguous()
+        assert self.A_RI.dtype == self.B_RO.dtype
         entry = self.A_RI.data_ptr(), self.B_RO.data_ptr(), self.A_RI.shape[0]
         object.__setattr__(self, "entry", entry)
         object.__setattr__(self, "numbers", self.A_RI.numel() + self.B_RO.numel())
+        object.__setattr__(self, "dtype", self.A_RI.dtype)
 
 
 class LowRank:
@@ -192,7 +195,7 @@ class LowRank:
     ) -> None:
         self._held = rows  # the table below holds addresses alone
         known = [own for row in rows for own in row if own is not None]
-        assert all(own.A_RI.dtype == own.B_RO.dtype == kernels.dtype for own in known)
+        assert all(own.dtype == kernels.dtype for own in known)
         self._ranks, self._inputs = max(own.entry[2] for own in known), known[0].A_RI.shape[1]
         # through numpy: torch takes four times as long for nested lists
         table = np.array([[NO_ENTRY if own is None else own.entry for own in row] for row in rows], np.int64)

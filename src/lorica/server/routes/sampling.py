@@ -109,7 +109,7 @@ async def asample(body: SampleBody, request: Request, server: ServerDep, caller:
         sampler,
         backbone,
         body.seq_id if body.sampling_session_id else None,
-        body.model_dump_json(exclude_none=True).encode(),
+        body,
         tokens=tokens,
         count=body.num_samples,
     )
