@@ -8,6 +8,7 @@ know adapters, caches and families by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,6 +29,14 @@ Forward = Callable[..., Any]
 Pair = tuple[Tensor, Tensor]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Cut:
+    """Only these positions go on behind the last attention, inside `alone`, where they are all that there is."""
+
+    index_K: Tensor
+    alone: Callable[[], AbstractContextManager[None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Chain:
     """The modules of a trunk. Each layer has its norm, attention, second norm and feed-forward block."""
@@ -44,7 +53,7 @@ class Chain:
         """What a walk calls, besides the embedding and the rotations."""
         return [*(part for parts in self.layers for part in parts), self.norm]
 
-    def walk(self, forward: Callable[[nn.Module], Forward]) -> Walk:
+    def walk(self, forward: Callable[[nn.Module], Forward], cut: Cut | None = None) -> Walk:
         """A pass in which `forward` says how each module computes, now and later."""
         layers = [tuple(forward(part) for part in parts) for parts in self.layers]
         first = layers[0][0] if layers else forward(self.norm)
@@ -58,11 +67,15 @@ class Chain:
             x_RTD: Tensor = self.embedding(ids_RT)
             turns = self.rotations(x_RTD, positions_RT)
             y_RTD: Tensor = first(x_RTD)
-            for attend, second, block, third in steps:
+            for depth, (attend, second, block, third) in enumerate(steps, 1):
                 # by keyword, as transformers does
                 y_RTD = attend(hidden_states=y_RTD, position_embeddings=turns, attention_mask=None)[0]
-                x_RTD, y_RTD = second(x_RTD, y_RTD)
-                x_RTD, y_RTD = third(x_RTD, block(y_RTD))
+                alone = cut if depth == len(steps) else None
+                if alone is not None:
+                    x_RTD, y_RTD = x_RTD[:, alone.index_K], y_RTD[:, alone.index_K]
+                with nullcontext() if alone is None else alone.alone():
+                    x_RTD, y_RTD = second(x_RTD, y_RTD)
+                    x_RTD, y_RTD = third(x_RTD, block(y_RTD))
             return y_RTD
 
         return run
@@ -127,7 +140,18 @@ def walk_of(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> Walk |
     return chain.walk(lambda module: forwards.get(module, module))
 
 
-def packed_walk_of(executor: Executor) -> Walk | None:
+def last_block(executor: Executor) -> nn.Module | None:
+    """The last feed-forward block of a trunk that is a chain, where some positions may go on alone; None where there is
+    none, or somebody listens to a part of it.
+    """
+    chain = chain_of(executor)
+    if chain is None or not chain.layers:
+        return None
+    behind = (part for owner in (*chain.layers[-1][2:], chain.norm) for part in owner.modules())
+    return None if any(map(hooked, behind)) else chain.layers[-1][3]
+
+
+def packed_walk_of(executor: Executor, cut: Cut | None = None) -> Walk | None:
     """A packed pass by the forwards that the modules have now; None for a trunk that is no chain, whose layers are
     checkpointed, or where somebody listens to one.
     """
@@ -136,7 +160,7 @@ def packed_walk_of(executor: Executor) -> Walk | None:
         return None
     if any(hooked(layer) or getattr(layer, "gradient_checkpointing", False) for layer in chain.owners):
         return None
-    return chain.walk(lambda module: module if hooked(module) else module.forward)
+    return chain.walk(lambda module: module if hooked(module) else module.forward, cut)
 
 
 def outside(executor: Executor, forwards: Mapping[nn.Module, Forward]) -> list[tuple[nn.Module, Forward]]:

@@ -179,13 +179,21 @@ def _blocks(
 
 
 def prompt_maps(
-    executor: Executor, stacks: Sequence[Stack], lengths: Sequence[int], updates: Updates
+    executor: Executor,
+    stacks: Sequence[Stack],
+    lengths: Sequence[int],
+    updates: Updates,
+    alone: nn.Module | None = None,
 ) -> dict[Group, JoinedMaps]:
     """For prompts in a packed pass, each of one stack: groups with low-rank updates alone. There are none without
-    kernels that read factors where they lie.
+    kernels that read factors where they lie. Below `alone` there is one token of each.
     """
+    below = set() if alone is None else set(alone.modules())
     inside = [group for group in groups_of(executor) if _in_trunk(executor, group)]
-    return _low_rank_maps(executor, inside, stacks, lengths, updates)
+    ends = [group for group in inside if group.members[0].module in below]
+    whole = [group for group in inside if group not in ends]
+    found = _low_rank_maps(executor, whole, stacks, lengths, updates)
+    return found | _low_rank_maps(executor, ends, stacks, [1] * len(stacks), updates)
 
 
 def head_maps(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Forwards:

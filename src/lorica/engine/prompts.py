@@ -17,9 +17,11 @@ from torch import Tensor
 
 from lorica.data.packing import end_to_end
 from lorica.engine.attention import without_mask
-from lorica.engine.chain import Walk
+from lorica.engine.chain import Walk, last_block
 from lorica.engine.decode import Updates, prompt_maps
 from lorica.engine.fast import fast_modules
+from lorica.engine.groups import Group
+from lorica.engine.joined import JoinedMaps
 from lorica.engine.kv_cache import Filling, KVCache
 from lorica.engine.kv_lane import Kept
 from lorica.engine.requests import TopK
@@ -81,15 +83,19 @@ def read(trunk: Trunk, prompts: Sequence[Prompt], *, keep: bool, updates: Update
         cache.filling = Filling([prompt.prefix for prompt in prompts])
     stacks, executor = [prompt.stack for prompt in prompts], trunk.host.executor
     with trunk.host.rows(stacks, lengths=lengths):
-        plain = updates is not None and not trunk.longer(len(stacks))
-        known = prompt_maps(executor, stacks, lengths, updates) if updates is not None and plain else {}
+        every = any(prompt.scores or prompt.topk for prompt in prompts)
+        cuts = not every and trunk.cuts(len(stacks))
+        known: dict[Group, JoinedMaps] = {}
+        if updates is not None and not trunk.longer(len(stacks)):
+            known = prompt_maps(executor, stacks, lengths, updates, last_block(executor) if cuts else None)
+        packed = end_to_end([prompt.tokens for prompt in prompts])
         with fast_modules(executor, known), caching(trunk, cache):
-            hidden_ND = trunk.hidden(end_to_end([prompt.tokens for prompt in prompts]))
+            hidden_ND = trunk.hidden(packed) if every else trunk.ends(packed)
         found, start = [], 0
         for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             logprobs, topk = _scores(trunk, prompt, hidden_ND, start)
             kept = None if cache is None or cache.filling is None else cache.filling.rows[index]
-            found.append(Read(hidden_ND[start + length - 1].clone(), kept, logprobs, topk))
+            found.append(Read(hidden_ND[start + length - 1 if every else index].clone(), kept, logprobs, topk))
             start += length
     return found
 

@@ -17,7 +17,7 @@ from lorica.core.update import SoftPrompt
 from lorica.data.packing import Packed, end_to_end
 from lorica.engine.abilities import probe_packing
 from lorica.engine.attention import without_mask
-from lorica.engine.chain import packed_walk_of
+from lorica.engine.chain import Cut, last_block, packed_walk_of
 from lorica.engine.fast import fast_modules
 from lorica.engine.host import Host
 from lorica.engine.modes import in_mode
@@ -93,8 +93,24 @@ class Trunk:
         """Final hidden states [N, width] of the packed tokens under the present route."""
         return self.walked(self.tensor(packed.tokens), self.tensor(packed.positions), packed.lengths.tolist())
 
-    def walked(self, ids_N: Tensor, positions_N: Tensor, lengths: list[int]) -> Tensor:
-        """The same of tokens that are on the device."""
+    def ends(self, packed: Packed) -> Tensor:
+        """Final hidden states [rows, width] of each row's last token: where rows may share passes and the trunk is a
+        chain, the others stop before its last feed-forward block.
+        """
+        lengths = packed.lengths.tolist()
+        ends_R = self.tensor(packed.lengths).cumsum(0) - 1
+        if not self.cuts(len(lengths)):
+            return self.hidden(packed)[ends_R]
+        cut = Cut(ends_R, lambda: self.host.relengthened([1] * len(lengths)))
+        return self.walked(self.tensor(packed.tokens), self.tensor(packed.positions), lengths, cut)
+
+    def cuts(self, rows: int) -> bool:
+        """Whether `ends` leaves out what it can of so many rows, under the present route."""
+        executor = self.host.executor
+        return self.packs() and not self.longer(rows) and bool(last_block(executor) and packed_walk_of(executor))
+
+    def walked(self, ids_N: Tensor, positions_N: Tensor, lengths: list[int], cut: Cut | None = None) -> Tensor:
+        """The same of tokens that are on the device; of those alone that a cut names, where the trunk is a chain."""
         backbone = self.backbone
         assert backbone.trunk is not None
         self.host.begin()
@@ -105,7 +121,7 @@ class Trunk:
             positions_N = positions_N + torch.repeat_interleave(self.tensor(shifts), self.tensor(lengths))
         if any(prompts):
             return self._with_prompts(ids_N, positions_N, lengths, prompts)
-        walk = packed_walk_of(self.host.executor)
+        walk = packed_walk_of(self.host.executor, cut)
         with without_mask():
             if walk is not None:
                 return walk(ids_N[None], positions_N[None])[0]
