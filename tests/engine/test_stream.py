@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +219,18 @@ def test_what_a_sick_row_left_in_the_cache_is_not_seen_by_the_next_one_there():
     stream.add(request(host, "next", "dora", max_tokens=9, seed=1))
     found, _ = finish(stream)
     same(found["next"], alone(host, request(host, "next", "dora", max_tokens=9, seed=1)))
+
+
+def test_a_request_that_asks_for_its_end_alone_has_one_event():
+    host = build()
+    stream, events = Stream(host), []
+    stream.add(request(host, "loud", "lora", max_tokens=4))
+    stream.add(replace(request(host, "quiet", "lora", max_tokens=4), tells=False))
+    while not stream.idle:
+        events += stream.turn()
+    assert [type(event).__name__ for event in events if event.key == "loud"] == ["Token"] * 4 + ["Finished"]
+    (end,) = [event for event in events if event.key == "quiet"]
+    same(end.result, alone(host, request(host, "quiet", "lora", max_tokens=4)))
 
 
 def test_an_adapter_that_leaves_the_host_fails_its_requests_alone():

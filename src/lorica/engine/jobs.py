@@ -152,7 +152,8 @@ def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event], kernels: K
             row.job.fail(row.job.no_number(f"token {len(row.tokens)} of sample {row.index}"), events)
             continue
         row.take(token, logprob)
-        events.append(Token(row.job.request.key, row.index, token, logprob))
+        if row.job.request.tells:
+            events.append(Token(row.job.request.key, row.index, token, logprob))
 
 
 def _drawn(rows: Sequence[Row], logits_RV: Tensor, kernels: Kernels | None) -> tuple[list[int], list[float]] | None:

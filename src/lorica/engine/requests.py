@@ -56,6 +56,7 @@ class StreamRequest:
         prompt_logprobs: also the log-probability of every prompt token; topk_prompt: the likeliest at each of them.
         topk_sample: the likeliest tokens at each sampled one.
         name: what errors call the prompt.
+        tells: whether every token is an event, and not the end alone.
     """
 
     key: Hashable
@@ -68,6 +69,7 @@ class StreamRequest:
     topk_prompt: int = 0
     topk_sample: int = 0
     name: str = "The prompt"
+    tells: bool = True
 
     @property
     def scores_prompt(self) -> bool:

@@ -50,7 +50,7 @@ def generate(
     stream = Stream(host, slots=len(rows))
     for index, ((prompt, _), stack) in enumerate(zip(rows, host.stacks([spec for _, spec in rows]), strict=True)):
         own, first = (params, index) if seeds is None else (params.replace(seed=seeds[index]), 0)
-        stream.add(StreamRequest(index, prompt, stack, own, first=first, name=f"Prompt {index}"))
+        stream.add(StreamRequest(index, prompt, stack, own, first=first, name=f"Prompt {index}", tells=False))
     found: dict[int, Sample] = {}
     with stream.serving():
         while not stream.idle:

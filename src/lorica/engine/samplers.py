@@ -70,9 +70,7 @@ class Samplers:
         """One turn of the stream. An error stands with the id of the command that it ended."""
         replies: list[commands.Reply | tuple[int, Exception]] = self._start()
         for event in self.stream.turn(prompt_tokens) if self._running else []:
-            reply = self._told(event)
-            if reply is not None:
-                replies.append(reply)
+            replies.append(self._told(event))
         return replies
 
     def _start(self) -> list[commands.Reply | tuple[int, Exception]]:
@@ -116,13 +114,14 @@ class Samplers:
             prompt_logprobs=command.prompt_logprobs,
             topk_prompt=command.topk_prompt,
             topk_sample=command.topk_sample,
+            tells=command.stream,
         )
 
-    def _told(self, event: Event) -> commands.Reply | tuple[int, Exception] | None:
+    def _told(self, event: Event) -> commands.Reply | tuple[int, Exception]:
         id: Any = event.key
         command = self._running[id]
         if isinstance(event, Token):
-            return commands.Progress(id, event.index, [event.token], [event.logprob]) if command.stream else None
+            return commands.Progress(id, event.index, [event.token], [event.logprob])
         del self._running[id]
         self._adapters.give(command.adapters)
         if not isinstance(event, Finished):

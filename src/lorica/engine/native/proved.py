@@ -223,7 +223,8 @@ def _layers(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
     def maps(inputs: int, outputs: int) -> Adapted:
         laid = walks.panels([some(outputs, inputs) * inputs**-0.5])
         assert laid is not None
-        return Adapted(walks, laid, None, None)
+        own = [[RowFactors(some(4, inputs), 0.1 * some(4, outputs))] for _ in range(rows)]
+        return Adapted(walks, laid, None, LowRank(kernels, own, [outputs]))
 
     def norm(size: tuple[int, ...]) -> Norm:
         return Norm(1 + 0.1 * some(*size), 1e-6)
@@ -253,7 +254,8 @@ def _layers(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
                 mixed_RHK[one] = kernels.attend(*newest, (keys[at], values[at]), spans, slot, own.window, own.scale)
         x_RD, y = kernels.sum_norm(x_RD, own.out(mixed_RHK.flatten(1)), own.after.factor_D, own.after.eps)
         x_RD = x_RD + own.down(kernels.gate(own.both(y)))
-    pairs = [(y_RD, kernels.norm(x_RD, last.factor_D, last.eps))]
+    live_R = places >= 0
+    pairs = [(y_RD[live_R], kernels.norm(x_RD, last.factor_D, last.eps)[live_R])]
     return pairs + [
         (new, old)
         for own, old_ in zip(memory, kept, strict=True)

@@ -1,8 +1,8 @@
 /* A whole decoding step in one call: adapted maps, and layers made of those and of what decode.c has.
 
-   In: contiguous memory of torch tensors, and where each part of a trunk lies. Out: final hidden states of rows of one
-   token each. A row's numbers never depend on another row's, nor on how many there are. Refuses to know modules, adapters'
-   methods and Python; knows neither threads nor allocation. In float alone. */
+   In: contiguous memory of torch tensors, and where each part of a trunk lies, in float alone. Out: final hidden states of
+   rows of one token each. A row's numbers never depend on another row's, nor on how many there are. Refuses to know
+   modules, adapters' methods and Python; knows neither threads nor allocation. */
 
 #include "rows.h"
 #pragma GCC visibility push(hidden) /* ours, whatever else in the process has these names */
@@ -16,9 +16,14 @@
 #define TILE 3
 #endif
 
-/* Maps of one input side by side. `weight`: panels [out / PANEL, in, PANEL]; `bias` [out] and `table` [rows, maps] may be
-   null. */
-typedef struct { const float *weight, *bias; const factors *table; const int64_t *sizes; int64_t in, out, maps, rank; } linear;
+/* Maps of one input side by side. `weight`: panels [out / PANEL, in, PANEL]; `bias` [out] and `table` [rows, maps] may
+   be null. */
+typedef struct {
+    const float *weight, *bias;
+    const factors *table;
+    const int64_t *sizes;
+    int64_t in, out, maps, rank;
+} linear;
 
 typedef struct {
     linear qkv, out, both, down;
@@ -29,11 +34,16 @@ typedef struct {
     float eps, after_eps, turn_eps, scale;
 } layer;
 
-typedef struct { const layer *layers; const float *norm; int64_t count, width, heads, groups, dim, capacity; float eps; } trunk;
+typedef struct {
+    const layer *layers;
+    const float *norm;
+    int64_t count, width, heads, groups, dim, capacity;
+    float eps;
+} trunk;
 
 /* One panel of y for R rows. */
-static inline __attribute__((always_inline)) void tile(const float *x, const float *w, const float *bias, float *y, long in,
-                                                       long out, const int R) {
+static inline __attribute__((always_inline)) void tile(const float *x, const float *w, const float *bias, float *y,
+                                                       long in, long out, const int R) {
     vec a[R], b[R];
     for (int r = 0; r < R; r++) {
         a[r] = bias ? load_float(bias) : (vec){0};
@@ -68,20 +78,26 @@ void panels(const float *weight, float *y, long out, long in) {
             for (long k = 0; k < PANEL; k++) *y++ = weight[(o + k) * in + i];
 }
 
-/* y = x W^T + b, and y[n] += x[n] A^T B at every map, of the rows [start, stop) of x and y.
-   scratch [BUNCH largest rank] */
-static void adapted_rows(const linear *m, const float *x, float *y, float *scratch, long start, long stop) {
-    product(m, x, y, stop - start);
-    if (m->table)
-        low_rank(m->table + start * m->maps, x, y, scratch, 0, m->sizes, stop - start, m->in, m->maps);
+/* y = x W^T + b, and y[n] += x[n] A^T B at every map, of the rows [start, stop) of x and y; the latter not for rows
+   whose place, where there are places, is below zero.  scratch [BUNCH largest rank] */
+static void adapted_rows(const linear *m, const float *x, float *y, const int64_t *places, float *scratch, long start,
+                         long stop) {
+    long rows = stop - start, end;
+    product(m, x, y, rows);
+    for (long n = 0; m->table && n < rows; n = end + 1) {
+        for (end = n; end < rows && (!places || places[end] >= 0); end++) {}
+        low_rank(m->table + (start + n) * m->maps, x + n * m->in, y + n * m->out, scratch, 0, m->sizes, end - n, m->in,
+                 m->maps);
+    }
 }
 
 void adapted(const linear *m, const float *x, float *y, float *scratch, long start, long stop) {
-    adapted_rows(m, x + start * m->in, y + start * m->out, scratch, start, stop);
+    adapted_rows(m, x + start * m->in, y + start * m->out, 0, scratch, start, stop);
 }
 
-/* y = the trunk's last norm of x [rows, width], embeddings that are overwritten. Cosines and sines [rows, dim]; `places` of
-   rows in the memory of keys, where they are below zero a row sees nothing. scratch: `walk_scratch` for as many rows. */
+/* y = the trunk's last norm of x [rows, width], embeddings that are overwritten. Cosines and sines [rows, dim]; `places`
+   of rows in the memory of keys, where they are below zero nothing of a row is wanted. scratch: `walk_scratch` for as
+   many rows. */
 long walk_scratch(const trunk *t, long rows) {
     long most = 0, low = 0, dim = t->dim, own = t->heads / t->groups;
     for (const layer *l = t->layers; l < t->layers + t->count; l++) {
@@ -93,8 +109,8 @@ long walk_scratch(const trunk *t, long rows) {
     return rows * (most + t->width + (2 * t->heads + t->groups) * dim) + own * t->capacity + low;
 }
 
-void walk(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y, float *scratch,
-          long start, long stop, long slot) {
+void walk(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y,
+          float *scratch, long start, long stop, long slot) {
     long rows = stop - start, width = t->width, heads = t->heads, groups = t->groups, dim = t->dim;
     float *branch = scratch, *q = branch + rows * width, *k = q + rows * heads * dim, *mixed = k + rows * groups * dim;
     float *scores = mixed + rows * heads * dim, *wide = scores + heads / groups * t->capacity;
@@ -104,23 +120,23 @@ void walk(const trunk *t, float *x, const float *cosines, const float *sines, co
     for (; l < end; l++) {
         long own = l->qkv.out, kept = groups * t->capacity * dim;
         float *low = wide + rows * own;
-        adapted_rows(&l->qkv, y, wide, low, start, stop);
+        adapted_rows(&l->qkv, y, wide, places, low, start, stop);
         turn(wide, l->turn, cosines, sines, q, k, rows, heads, groups, dim, own, l->turn_eps);
         for (long n = 0; n < rows; n++) {
             float *out = mixed + n * heads * dim;
             long p = places[n];
             if (p < 0) { memset(out, 0, heads * dim * sizeof *out); continue; }
-            attend(q + n * heads * dim, k + n * groups * dim, wide + n * own + (heads + groups) * dim, l->keys + p * kept,
-                   l->values + p * kept, out, scores, l->first + p, l->always + p, 1, heads, groups, dim, own, t->capacity,
-                   slot, l->window, l->scale);
+            attend(q + n * heads * dim, k + n * groups * dim, wide + n * own + (heads + groups) * dim,
+                   l->keys + p * kept, l->values + p * kept, out, scores, l->first + p, l->always + p, 1, heads,
+                   groups, dim, own, t->capacity, slot, l->window, l->scale);
         }
-        adapted_rows(&l->out, mixed, branch, low, start, stop);
+        adapted_rows(&l->out, mixed, branch, places, low, start, stop);
         norm(x, branch, l->after, x, y, rows, width, l->after_eps);
         float *gated = wide + rows * l->both.out;
         low = gated + rows * l->down.in;
-        adapted_rows(&l->both, y, wide, low, start, stop);
+        adapted_rows(&l->both, y, wide, places, low, start, stop);
         gate(wide, gated, rows, l->down.in);
-        adapted_rows(&l->down, gated, branch, low, start, stop);
+        adapted_rows(&l->down, gated, branch, places, low, start, stop);
         int last = l + 1 == end;
         norm(x, branch, last ? t->norm : l[1].norm, x, y, rows, width, last ? t->eps : l[1].eps);
     }

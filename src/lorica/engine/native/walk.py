@@ -171,8 +171,8 @@ class Layers:
 
     def __call__(self, x_RD: Tensor, turns: tuple[Tensor, Tensor], places_R: Tensor, slot: int) -> Tensor:
         """Hidden states [R, D] behind the last norm, from embeddings, which are overwritten, and signed cosines and
-        sines [R, ..., K]. Keys and values are written at `slot` of each row's place; one without, below zero, sees
-        nothing.
+        sines [R, ..., K]. Keys and values are written at `slot` of each row's place; of a row without one, below
+        zero, nothing is wanted.
         """
         cos_RK, sin_RK = turns
         for tensor in (x_RD, cos_RK, sin_RK, places_R):
