@@ -24,7 +24,7 @@ from lorica.engine.fast import fast_modules
 from lorica.engine.groups import groups_of
 from lorica.engine.host import Host
 from lorica.engine.kv_lane import Kept, Lane
-from lorica.engine.native.kernels import LANES, Kernels, LowRank, RowFactors
+from lorica.engine.native.kernels import LANES, Kernels, LowRank, RowFactors, RowMaps
 from lorica.engine.native.passes import Passes
 from lorica.engine.native.proved import kernels_for, passes_for
 from lorica.engine.sample import generate
@@ -190,7 +190,7 @@ def test_a_rows_numbers_do_not_depend_on_the_other_rows_bit_for_bit(threads: int
     logits = torch.randn(rows, 100_000, generator=rng)
     x, y = torch.randn(rows, 256, generator=rng), torch.randn(rows, 6 * 256, generator=rng)
     factors = [
-        [RowFactors(torch.randn(40 + row, 256, generator=rng), torch.randn(40 + row, 6 * 256, generator=rng))]
+        RowMaps([RowFactors(torch.randn(40 + row, 256, generator=rng), torch.randn(40 + row, 6 * 256, generator=rng))])
         for row in range(rows)
     ]
     torch.set_num_threads(threads)
@@ -387,5 +387,5 @@ def test_a_transposed_factor_is_laid_out_for_the_kernels() -> None:
     assert folded is not None
     assert folded.pair is not None
     x, y = torch.randn(2, 32), torch.zeros(2, 48)
-    LowRank(steps(), [[folded.pair]] * 2, [48]).add(x, y)
+    LowRank(steps(), [RowMaps([folded.pair])] * 2, [48]).add(x, y)
     assert torch.allclose(y, 2 * x @ A_RI.mT @ B_OR.mT, atol=1e-4)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorica.engine import decode, kv_cache
+from lorica.engine import kv_cache, updates
 from lorica.engine.host import Host
-from lorica.engine.native.kernels import BUNCH, Kernels, LowRank, RowFactors
+from lorica.engine.native.kernels import BUNCH, Kernels, LowRank, RowFactors, RowMaps
 from lorica.engine.native.proved import kernels_for, walks_here
 from lorica.engine.native.walk import PANEL, Adapted, Layers, Walks
 from lorica.engine.requests import Finished, StreamRequest
@@ -130,7 +130,7 @@ def test_a_rows_numbers_do_not_depend_on_the_others_bit_for_bit(threads: int, ra
     panels = walks.panels([torch.randn(outputs, inputs, generator=rng)])
     assert panels is not None
     own = [
-        [RowFactors(torch.randn(rank, inputs, generator=rng), torch.randn(rank, outputs, generator=rng))]
+        RowMaps([RowFactors(torch.randn(rank, inputs, generator=rng), torch.randn(rank, outputs, generator=rng))])
         for _ in counts
     ]
     x_NI = torch.randn(sum(counts), inputs, generator=rng)
@@ -146,8 +146,8 @@ def test_a_rows_numbers_do_not_depend_on_the_others_bit_for_bit(threads: int, ra
 
 
 def test_updates_of_adapters_without_rows_stay_while_they_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for most, kept in ((2**26, 12), (0, decode.IDLE)):
-        monkeypatch.setattr(decode, "IDLE_BYTES", most)
+    for most, kept in ((2**26, 12), (0, updates.IDLE)):
+        monkeypatch.setattr(updates, "IDLE_BYTES", most)
         host = Host(tiny("qwen3", **SIZES))
         stream = Stream(host)
         for i in range(12):

@@ -10,11 +10,12 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from lorica.engine import decode
 from lorica.engine.chain import chain_of
-from lorica.engine.decode import Step, Updates, step_of
+from lorica.engine.decode import Step, step_of
 from lorica.engine.host import Host
 from lorica.engine.sample import generate
 from lorica.engine.step_blocks import rotary_parts
 from lorica.engine.trunk import Trunk
+from lorica.engine.updates import Updates
 from lorica.methods.norm import Norm
 from lorica.models.builtin import FAMILIES
 from lorica.models.factory import make_tiny

@@ -168,7 +168,7 @@ def test_signals_are_the_apis_and_the_end_of_the_socket_is_the_end(tmp_path: Pat
             os.kill(pid, signal.SIGINT)
             await link.call(commands.Open(0, "a", SPEC))
             assert link.alive
-            waiting = asyncio.ensure_future(link.call(sample(max_tokens=400)))
+            waiting = asyncio.ensure_future(link.call(sample(max_tokens=400, num_samples=256)))
             await asyncio.sleep(0.1)
             assert link._writer is not None
             link._writer.transport.abort()  # as when the API dies

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorica.core.errors import LoricaError
 from lorica.engine.abilities import FAILURES, close, probe_row
-from lorica.engine.decode import Step, Updates, head_maps, step_of
+from lorica.engine.decode import Step, head_maps, step_of
 from lorica.engine.groups import standing_in
 from lorica.engine.jobs import Job, Row, take
 from lorica.engine.kv_cache import Budget, KVCache
@@ -24,6 +24,7 @@ from lorica.engine.replay import Replays
 from lorica.engine.requests import Event
 from lorica.engine.route import Route, Stack
 from lorica.engine.trunk import Trunk
+from lorica.engine.updates import Updates
 
 THIN = 0.75
 """The batch is made smaller once no more than this share of its rows is unfinished."""
@@ -273,10 +274,10 @@ class Batch:
     def _vacate(self) -> None:
         gone = [row for row in self._rows if row.dead and row.place is not None]
         # the last first: those behind it are gone by then, and none of them is moved into its place
-        for row in sorted(gone, key=lambda row: -1 if row.place is None else -row.place.index):
-            if row.place is not None:
-                self.cache.drop(row.place)
-                row.place = None
+        for place in sorted((row.place for row in gone if row.place is not None), key=lambda own: -own.index):
+            self.cache.drop(place)
+        for row in gone:
+            row.place = None
 
     def _replace(self, row: Row, following: Row) -> None:
         for rows in (self._rows, self._passing):

@@ -7,113 +7,26 @@ such form keeps its own forward. Refuses to know caches, sampling and methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorica.adapters.adapter import Adapter
-from lorica.core.update import LinearUpdate, Update
 from lorica.engine.chain import Walk, outside, walk_of
 from lorica.engine.executor import Executor
-from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, fold
+from lorica.engine.factors import FEW, NOTHING, Folded, GroupFactors, gather
 from lorica.engine.fast import bare_norms, gated_blocks
 from lorica.engine.groups import Group, Stand, groups_of, hooked
 from lorica.engine.joined import JoinedMaps
-from lorica.engine.native.kernels import Kernels
+from lorica.engine.native.kernels import Kernels, LowRank, RowMaps
 from lorica.engine.route import Stack
 from lorica.engine.step_blocks import GatedStep, RotaryStep, Turn, norm_step, rotary_parts
 from lorica.engine.step_walk import Maps, step_walk
+from lorica.engine.updates import Updates
 
-IDLE = 8
-"""Updates of so many adapters without rows are kept for the next ones at least."""
-IDLE_BYTES = 2**26
-"""Those of more adapters are, as long as all of them take no more memory than that."""
 Forwards = list[tuple[nn.Module, Any]]
-
-
-class Updates:
-    """The updates of adapters that do not change while they have rows, lowered and folded once.
-
-    Attributes: `memo` is what an executor's is while these rows are computed.
-    """
-
-    def __init__(self) -> None:
-        self.memo: dict[tuple[str, Adapter], Update] = {}
-        self._folds: dict[Stack, dict[tuple[str, torch.dtype], Folded | None]] = {}
-        self._stamps: dict[Adapter, tuple[int, int]] = {}
-        self._bytes: dict[Adapter, int] = {}
-
-    def use(self, adapters: Iterable[Adapter]) -> None:
-        """These have rows now. Forgets what changed since, and who has had none for long."""
-        for adapter in adapters:
-            before, now = self._stamps.pop(adapter, None), stamp(adapter)
-            self._stamps[adapter] = now  # the last in the order
-            if before is not None and before != now:
-                self._drop({adapter})
-
-    def tidy(self, present: frozenset[Adapter]) -> None:
-        """Forget all but these and the last others."""
-        idle = [adapter for adapter in reversed(self._stamps) if adapter not in present]
-        total, kept = 0, 0
-        for adapter in idle:
-            total += self._bytes.get(adapter, 0)
-            if kept >= IDLE and total > IDLE_BYTES:
-                break
-            kept += 1
-        self.forget(idle[kept:])
-
-    def known(self) -> list[Adapter]:
-        """Whose updates are kept."""
-        return list(self._stamps)
-
-    def forget(self, adapters: Iterable[Adapter]) -> None:
-        gone = set(adapters)
-        if gone:
-            self._drop(gone)
-            for adapter in gone:
-                self._stamps.pop(adapter, None)
-                self._bytes.pop(adapter, None)
-
-    def _drop(self, gone: set[Adapter]) -> None:
-        for key in [key for key in self.memo if key[1] in gone]:
-            del self.memo[key]
-        for stack in [stack for stack in self._folds if not gone.isdisjoint(stack)]:
-            del self._folds[stack]
-
-    def folded(
-        self, executor: Executor, site: str, stack: Stack, dtype: torch.dtype, kernels: Kernels | None
-    ) -> Folded | None:
-        """A stack's update at a site; None where it has no folded form."""
-        acting = tuple(adapter for adapter in stack if executor.acts(adapter, site))
-        own = self._folds.setdefault(acting, {})
-        if (site, dtype) not in own:
-            updates = [executor.lowered(adapter, site) for adapter in acting]
-            linear = [u for u in updates if isinstance(u, LinearUpdate)]
-            made = fold(linear, executor.backbone.bias(site), dtype, kernels) if linear else NOTHING
-            own[site, dtype] = made
-            for adapter in acting:
-                self._bytes[adapter] = self._bytes.get(adapter, 0) + _bytes(made, updates)
-        return own[site, dtype]
-
-
-def _bytes(folded: Folded | None, updates: Sequence[Update]) -> int:
-    """Memory that is kept of a stack's update at a site; about, as an update may be views of its adapter."""
-    if folded is None:
-        return sum(
-            u.delta.numel() * u.delta.element_size()
-            for u in updates
-            if isinstance(u, LinearUpdate) and u.delta is not None
-        )
-    parts = (folded.A_RI, folded.B_OR, folded.in_scale_I, folded.out_scale_O, folded.shift_O)
-    return sum(part.numel() * part.element_size() for part in parts if part is not None)
-
-
-def stamp(adapter: Adapter) -> tuple[int, int]:
-    """Another one where an adapter's values are others."""
-    return id(adapter.flat), adapter.flat._version
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,9 +56,8 @@ def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> St
     for group in groups_of(executor):
         if not group.free:
             continue
-        sites = [m.site for m in group.members]
-        maps, slow = _folds(executor, sites, distinct, updates, kernels)
-        step = JoinedMaps(group, _gathered(executor, sites, maps, runs, kernels), walks)
+        factors, slow = _factors(executor, group, distinct, runs, updates, kernels)
+        step = JoinedMaps(group, factors, walks)
         forwards += [(m.module, Stand(step, i)) for i, m in enumerate(group.members) if i not in slow]
         if not slow and not any(hooked(m.module) for m in group.members):
             whole[tuple(m.module for m in group.members)] = step
@@ -215,16 +127,8 @@ def _low_rank_maps(
     if kernels is None or not _computes_alike(executor):
         return {}
     distinct, runs = _runs(stacks, lengths)
-    found = {}
-    for group in groups:
-        sites = [m.site for m in group.members]
-        maps, slow = _folds(executor, sites, distinct, updates, kernels)
-        if not group.free or slow or not all(f.bare for column in maps for f in column):
-            continue
-        factors = _gathered(executor, sites, maps, runs, kernels)
-        if factors is None or factors.only_low is not None:
-            found[group] = JoinedMaps(group, factors)
-    return found
+    free = ((group, _rows_at(executor, group, distinct, updates, kernels)) for group in groups if group.free)
+    return {group: JoinedMaps(group, _low(group, rows, runs, kernels)) for group, rows in free if rows is not None}
 
 
 def _computes_alike(executor: Executor) -> bool:
@@ -249,11 +153,40 @@ def _runs(stacks: Sequence[Stack], lengths: Sequence[int]) -> tuple[list[Stack],
     return distinct, runs
 
 
-def _folds(
-    executor: Executor, sites: Sequence[str], distinct: Sequence[Stack], updates: Updates, kernels: Kernels | None
-) -> tuple[list[list[Folded]], frozenset[int]]:
-    """What each stack does at maps of one input, and which of the maps must go the general way."""
-    weight = executor.backbone.weight(sites[0])
+def _rows_at(
+    executor: Executor, group: Group, distinct: Sequence[Stack], updates: Updates, kernels: Kernels
+) -> list[RowMaps] | None:
+    """What each stack has at a group's maps, where that is factors for kernels; None elsewhere."""
+    if group.members[0].weight.dtype != kernels.dtype:
+        return None
+    sites = tuple(m.site for m in group.members)
+    rows = [updates.row(executor, sites, stack, kernels) for stack in distinct]
+    known = [row for row in rows if row is not None]
+    return known if len(known) == len(rows) else None
+
+
+def _low(
+    group: Group, rows: Sequence[RowMaps], runs: Sequence[tuple[int, int]], kernels: Kernels
+) -> GroupFactors | None:
+    """The factors of all rows; None where no stack has any."""
+    if not any(row.rank for row in rows):
+        return None
+    return GroupFactors(LowRank(kernels, rows, group.maps.sizes, [stop - start for start, stop in runs]))
+
+
+def _factors(
+    executor: Executor,
+    group: Group,
+    distinct: Sequence[Stack],
+    runs: Sequence[tuple[int, int]],
+    updates: Updates,
+    kernels: Kernels | None,
+) -> tuple[GroupFactors | None, frozenset[int]]:
+    """The factors of the rows' stacks at a group's maps, and which of the maps must go the general way."""
+    rows = None if kernels is None else _rows_at(executor, group, distinct, updates, kernels)
+    if rows is not None and kernels is not None:
+        return _low(group, rows, runs, kernels), frozenset()
+    weight, sites = group.members[0].weight, [m.site for m in group.members]
     kernels = kernels if kernels is not None and kernels.dtype == weight.dtype else None
     few = len(distinct) <= FEW and weight.device.type == "cpu" and kernels is None
     dtype = torch.promote_types(weight.dtype, torch.float32) if few else weight.dtype
@@ -267,19 +200,6 @@ def _folds(
             slow.add(i)
             whole = [NOTHING] * len(distinct)
         maps.append(whole)
-    return maps, frozenset(slow)
-
-
-def _gathered(
-    executor: Executor,
-    sites: Sequence[str],
-    maps: Sequence[Sequence[Folded]],
-    runs: Sequence[tuple[int, int]],
-    kernels: Kernels | None,
-) -> GroupFactors | None:
-    """The factors of all rows at maps of one input; None where no stack has any."""
     if all(f is NOTHING for column in maps for f in column):
-        return None
-    weights = [executor.backbone.weight(site) for site in sites]
-    kernels = kernels if kernels is not None and kernels.dtype == weights[0].dtype else None
-    return GroupFactors(maps, [w.shape[0] for w in weights], runs, runs[-1][1], kernels)
+        return None, frozenset(slow)
+    return gather(maps, group.maps.sizes, runs, runs[-1][1], kernels), frozenset(slow)

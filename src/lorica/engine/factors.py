@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorica.core.update import LinearUpdate
 from lorica.core.update import LowRank as Factors
-from lorica.engine.native.kernels import LANES, Kernels, LowRank, RowFactors
+from lorica.engine.native.kernels import LANES, Kernels, LowRank, RowFactors, RowMaps
 
 FEW = 4
 """Up to so many distinct stacks, all maps of a group are one product (fewer calls, hardly more bytes), and factors of a
@@ -166,40 +166,14 @@ def _add_product(y: Tensor, h: Tensor, B: Tensor) -> None:
         y.baddbmm_(h, B)
 
 
+@dataclass(slots=True, eq=False)
 class GroupFactors:
-    """The updates of one group of maps, laid side by side. T distinct stacks, N rows, I in, O out of all maps together.
+    """The updates of one group of maps, laid side by side, for N rows, I in, O out of all maps together."""
 
-    Args:
-        maps: for each map, the folded update of each distinct stack.
-        sizes: outputs of each map.
-        runs: for each distinct stack, its rows `[start, stop)`; they follow each other.
-        rows: rows of the batch.
-    """
-
-    def __init__(
-        self,
-        maps: Sequence[Sequence[Folded]],
-        sizes: Sequence[int],
-        runs: Sequence[tuple[int, int]],
-        rows: int,
-        kernels: Kernels | None = None,
-    ) -> None:
-        self.rows = rows
-        self.in_scale_NI: Tensor | None = None
-        self.out_scale_NO: Tensor | None = None
-        self.shift_NO: Tensor | None = None
-        if not all(f.bare for column in maps for f in column):
-            self.in_scale_NI = _rowwise([[f.in_scale_I for f in maps[0]]], [0], runs, rows, 1.0)
-            self.out_scale_NO = _rowwise([[f.out_scale_O for f in column] for column in maps], sizes, runs, rows, 1.0)
-            self.shift_NO = _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0)
-        present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
-        self.low: _LowRank | LowRank | None = None
-        whole = all(f.A_RI is None or f.pair is not None for column in maps for f in column)
-        if present and kernels is not None and whole:
-            counts = [stop - start for start, stop in runs]
-            self.low = LowRank(kernels, [[f.pair for f in own] for own in zip(*maps, strict=True)], sizes, counts)
-        elif present:
-            self.low = _LowRank([[column[t] for t in present] for column in maps], sizes, [runs[t] for t in present])
+    low: _LowRank | LowRank | None
+    in_scale_NI: Tensor | None = None
+    out_scale_NO: Tensor | None = None
+    shift_NO: Tensor | None = None
 
     @property
     def only_low(self) -> LowRank | None:
@@ -219,6 +193,37 @@ class GroupFactors:
             return y_NO
         out_NO = y_NO if self.out_scale_NO is None else y_NO * self.out_scale_NO
         return (out_NO if self.shift_NO is None else out_NO + self.shift_NO).to(y_NO.dtype)
+
+
+def gather(
+    maps: Sequence[Sequence[Folded]],
+    sizes: Sequence[int],
+    runs: Sequence[tuple[int, int]],
+    rows: int,
+    kernels: Kernels | None = None,
+) -> GroupFactors:
+    """The updates of one group of maps, of T distinct stacks.
+
+    Args:
+        maps: for each map, the folded update of each distinct stack.
+        sizes: outputs of each map.
+        runs: for each distinct stack, its rows `[start, stop)`; they follow each other.
+        rows: rows of the batch.
+    """
+    present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
+    whole = all(f.A_RI is None or f.pair is not None for column in maps for f in column)
+    low: _LowRank | LowRank | None = None
+    if present and kernels is not None and whole:
+        own = [RowMaps([f.pair for f in own]) for own in zip(*maps, strict=True)]
+        low = LowRank(kernels, own, sizes, [stop - start for start, stop in runs])
+    elif present:
+        low = _LowRank([[column[t] for t in present] for column in maps], sizes, [runs[t] for t in present])
+    return GroupFactors(
+        low,
+        _rowwise([[f.in_scale_I for f in maps[0]]], [0], runs, rows, 1.0),
+        _rowwise([[f.out_scale_O for f in column] for column in maps], sizes, runs, rows, 1.0),
+        _rowwise([[f.shift_O for f in column] for column in maps], sizes, runs, rows, 0.0),
+    )
 
 
 def _fill(stacked: Tensor, parts: Sequence[Tensor | None]) -> None:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorica.engine.decode import stamp
 from lorica.engine.kv_cache import Budget
 from lorica.engine.kv_lane import Kept
 from lorica.engine.route import Stack
+from lorica.engine.updates import stamp
 
 SHORTEST = 16
 """Fewer common tokens are sooner read again with other prompts."""

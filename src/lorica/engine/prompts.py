@@ -18,7 +18,7 @@ from torch import Tensor
 from lorica.data.packing import end_to_end
 from lorica.engine.attention import without_mask
 from lorica.engine.chain import Walk, last_block
-from lorica.engine.decode import Updates, prompt_maps
+from lorica.engine.decode import prompt_maps
 from lorica.engine.fast import fast_modules
 from lorica.engine.groups import Group
 from lorica.engine.joined import JoinedMaps
@@ -27,6 +27,7 @@ from lorica.engine.kv_lane import Kept
 from lorica.engine.requests import TopK
 from lorica.engine.route import Stack
 from lorica.engine.trunk import Trunk
+from lorica.engine.updates import Updates
 from lorica.sampling.logits import likeliest
 
 CHUNK_BYTES = 2**25

@@ -16,7 +16,6 @@ import torch
 from lorica.core.errors import ConfigError, DataError, RouteError
 from lorica.engine.batch import Batch, reads_on, steps
 from lorica.engine.checks import check_tokens
-from lorica.engine.decode import Updates
 from lorica.engine.host import Host
 from lorica.engine.jobs import Job
 from lorica.engine.kv_cache import Budget
@@ -25,6 +24,7 @@ from lorica.engine.prefixes import Prefixes
 from lorica.engine.prompts import Prompt, Read, read, read_on
 from lorica.engine.requests import Event, Failed, Finished, StreamRequest
 from lorica.engine.trunk import Trunk
+from lorica.engine.updates import Updates
 from lorica.models.positions import context, uniform_positions
 
 PROMPT_BUDGET = 8192

@@ -177,34 +177,42 @@ class RowFactors:
         object.__setattr__(self, "dtype", self.A_RI.dtype)
 
 
+class RowMaps:
+    """What one row has at maps of one input: None at a map that it leaves as it is.
+
+    Attributes: `entries` [maps, 3] are addresses and ranks, `numbers` how many numbers they stand for, `rank` the
+    largest.
+    """
+
+    def __init__(self, factors: Sequence[RowFactors | None]) -> None:
+        known = [own for own in factors if own is not None]
+        self.held = factors  # the entries are addresses alone
+        self.entries = np.array([NO_ENTRY if own is None else own.entry for own in factors], np.int64)
+        self.numbers = sum(own.numbers for own in known)
+        self.rank = max((own.entry[2] for own in known), default=0)
+        self.inputs = known[0].A_RI.shape[1] if known else 0
+        self.dtypes = {own.dtype for own in known}
+
+
 class LowRank:
     """`y_n += x_n Aᵀ B` of rows with factors of their own at maps of one input, whose outputs are side by side.
 
     Args:
-        rows: for each row what it has at each map, None for a map that the row leaves as it is.
+        rows: what each row has.
         sizes: the outputs of each map.
-        counts: neighbours that have the factors of one of `rows`; by default one each.
+        counts: neighbours that have what one of `rows` has; by default one each.
     """
 
     def __init__(
-        self,
-        kernels: Kernels,
-        rows: Sequence[Sequence[RowFactors | None]],
-        sizes: Sequence[int],
-        counts: Sequence[int] | None = None,
+        self, kernels: Kernels, rows: Sequence[RowMaps], sizes: Sequence[int], counts: Sequence[int] | None = None
     ) -> None:
         self._held = rows  # the table below holds addresses alone
-        known = [own for row in rows for own in row if own is not None]
-        assert all(own.dtype == kernels.dtype for own in known)
-        self._ranks, self._inputs = max(own.entry[2] for own in known), known[0].A_RI.shape[1]
-        # through numpy: torch takes four times as long for nested lists
-        table = np.array([[NO_ENTRY if own is None else own.entry for own in row] for row in rows], np.int64)
-        self._table = torch.from_numpy(table)
+        assert all(row.dtypes <= {kernels.dtype} for row in rows)
+        self._ranks, self._inputs = max(row.rank for row in rows), max(row.inputs for row in rows)
+        table = np.stack([row.entries for row in rows])
+        self._table = torch.from_numpy(table if counts is None else table.repeat(counts, 0))
         self._sizes, self._outputs = torch.tensor(sizes), sum(sizes)
-        if counts is not None:
-            self._table = self._table.repeat_interleave(torch.tensor(counts), 0)
-        each = counts or [1] * len(rows)
-        self.numbers = sum(n * own.numbers for row, n in zip(rows, each, strict=True) for own in row if own is not None)
+        self.numbers = sum(n * row.numbers for row, n in zip(rows, counts or [1] * len(rows), strict=True))
         self._run, self._dtype = kernels._low_rank, kernels.dtype
 
     @property

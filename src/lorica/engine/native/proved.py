@@ -17,7 +17,7 @@ from torch import Tensor
 from lorica.engine.native import kernels as steps
 from lorica.engine.native import walk
 from lorica.engine.native.build import library
-from lorica.engine.native.kernels import MACROS, Kernels, LowRank, RowFactors
+from lorica.engine.native.kernels import MACROS, Kernels, LowRank, RowFactors, RowMaps
 from lorica.engine.native.passes import SOURCE, Pair, Passes
 from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Walks
 
@@ -110,7 +110,7 @@ def _factors(kernels: Kernels, some: Some) -> Pairs:
             if pair is not None:
                 a, b = pair.A_RI.float(), pair.B_RO.float()
                 wanted_RO[row, start : start + b.shape[1]] += x_RI[row].float() @ a.T @ b
-    LowRank(kernels, rows, sizes).add(x_RI, y_RO)
+    LowRank(kernels, [RowMaps(row) for row in rows], sizes).add(x_RI, y_RO)
     B_OR = some(32, 5, dtype=torch.float32)
     turned_RO = kernels.transposed(B_OR, 2.0)
     assert turned_RO is not None
@@ -210,7 +210,7 @@ def _walks(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
             [RowFactors(some(5, 32), some(5, n)) if (row, n) != (1, 64) else None for n in (64, 32)]
             for row in range(rows)
         ]
-        low = LowRank(kernels, own, (64, 32))
+        low = LowRank(kernels, [RowMaps(row) for row in own], (64, 32))
         wanted_NO = F.linear(x_NI, weight_OI, bias_O)
         low.add(x_NI, wanted_NO)
         pairs.append((Adapted(walks, laid, bias_O, low)(x_NI), wanted_NO))
@@ -223,7 +223,7 @@ def _layers(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
     def maps(inputs: int, outputs: int) -> Adapted:
         laid = walks.panels([some(outputs, inputs) * inputs**-0.5])
         assert laid is not None
-        own = [[RowFactors(some(4, inputs), 0.1 * some(4, outputs))] for _ in range(rows)]
+        own = [RowMaps([RowFactors(some(4, inputs), 0.1 * some(4, outputs))]) for _ in range(rows)]
         return Adapted(walks, laid, None, LowRank(kernels, own, [outputs]))
 
     def norm(size: tuple[int, ...]) -> Norm:
