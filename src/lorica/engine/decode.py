@@ -98,7 +98,7 @@ def prompt_maps(
     alone: nn.Module | None = None,
 ) -> dict[Group, JoinedMaps]:
     """For prompts in a packed pass, each of one stack: groups with low-rank updates alone. There are none without
-    kernels that read factors where they lie. Below `alone` there is one token of each.
+    kernels that read factors where they lie, and only in float32. Below `alone` there is one token of each.
     """
     below = set() if alone is None else set(alone.modules())
     inside = [group for group in groups_of(executor) if _in_trunk(executor, group)]
@@ -123,7 +123,8 @@ def _in_trunk(executor: Executor, group: Group) -> bool:
 def _low_rank_maps(
     executor: Executor, groups: Sequence[Group], stacks: Sequence[Stack], lengths: Sequence[int], updates: Updates
 ) -> dict[Group, JoinedMaps]:
-    kernels = executor.kernels(executor.backbone.dtype)
+    # in half precision another order of roundings would tell a prompt's log-probabilities from the trainer's
+    kernels = executor.kernels(torch.float32) if executor.backbone.dtype == torch.float32 else None
     if kernels is None or not _computes_alike(executor):
         return {}
     distinct, runs = _runs(stacks, lengths)
