@@ -203,4 +203,4 @@ def _factors(
         maps.append(whole)
     if all(f is NOTHING for column in maps for f in column):
         return None, frozenset(slow)
-    return gather(maps, group.maps.sizes, runs, runs[-1][1], kernels), frozenset(slow)
+    return gather(maps, group.maps.sizes, runs, kernels), frozenset(slow)

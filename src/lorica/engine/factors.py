@@ -199,7 +199,6 @@ def gather(
     maps: Sequence[Sequence[Folded]],
     sizes: Sequence[int],
     runs: Sequence[tuple[int, int]],
-    rows: int,
     kernels: Kernels | None = None,
 ) -> GroupFactors:
     """The updates of one group of maps, of T distinct stacks.
@@ -207,9 +206,9 @@ def gather(
     Args:
         maps: for each map, the folded update of each distinct stack.
         sizes: outputs of each map.
-        runs: for each distinct stack, its rows `[start, stop)`; they follow each other.
-        rows: rows of the batch.
+        runs: for each distinct stack, its rows `[start, stop)`; they follow each other, and are all rows of the batch.
     """
+    rows = runs[-1][1]
     present = [t for t in range(len(runs)) if any(column[t].A_RI is not None for column in maps)]
     whole = all(f.A_RI is None or f.pair is not None for column in maps for f in column)
     low: _LowRank | LowRank | None = None

@@ -133,7 +133,7 @@ def drop_body(connection: sa.Connection, request_id: str) -> None:
 
 _WITHOUT_BODY: dict[str, Any] = {"body": None, "body_size": 0}
 _OF_ID = requests.c.id == sa.bindparam("of_id")
-# statements of every request are made once: to make one costs as much as to run it
+# statements of every request are made once: to make one is no small part of what it costs
 _INSERT = requests.insert()
 _FIRST = sa.select(requests.c.id).where(
     requests.c.scope == sa.bindparam("of_scope"), requests.c.seq == sa.bindparam("of_seq")

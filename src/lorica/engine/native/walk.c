@@ -95,9 +95,7 @@ void adapted(const linear *m, const float *x, float *y, float *scratch, long sta
     adapted_rows(m, x + start * m->in, y + start * m->out, 0, scratch, start, stop);
 }
 
-/* y = the trunk's last norm of x [rows, width], embeddings that are overwritten. Cosines and sines [rows, dim]; `places`
-   of rows in the memory of keys, where they are below zero nothing of a row is wanted. scratch: `walk_scratch` for as
-   many rows. */
+/* Floats of scratch that `walk` needs for so many rows. */
 long walk_scratch(const trunk *t, long rows) {
     long most = 0, low = 0, dim = t->dim, own = t->heads / t->groups;
     for (const layer *l = t->layers; l < t->layers + t->count; l++) {
@@ -109,6 +107,9 @@ long walk_scratch(const trunk *t, long rows) {
     return rows * (most + t->width + (2 * t->heads + t->groups) * dim) + own * t->capacity + low;
 }
 
+/* y = the trunk's last norm of x [rows, width], embeddings that are overwritten. Cosines and sines [rows, dim]; `places`
+   of rows in the memory of keys, where they are below zero nothing of a row is wanted. scratch: `walk_scratch` for as
+   many rows. */
 void walk(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y,
           float *scratch, long start, long stop, long slot) {
     long rows = stop - start, width = t->width, heads = t->heads, groups = t->groups, dim = t->dim;
