@@ -21,6 +21,7 @@ from tests.tiny import tiny
 
 METHODS = {"lora": LoRA(rank=4), "ia3": IA3(), "norm": Norm(), "prefix": Prefix(tokens=3), "soft": Soft(tokens=2)}
 ROWS = [[3, 4, 5], [6], [7, 8, 9, 10], [11, 12], [13, 14]]
+LENGTHS = [len(row) for row in ROWS]
 
 
 def host_of(family: str) -> Host:
@@ -49,23 +50,25 @@ def watched(block: nn.Module) -> tuple[list[int], nn.Module]:
 def test_the_ends_of_rows_are_those_of_the_whole_pass(family: str, names: list[str | None]) -> None:
     host = host_of(family)
     trunk, packed = Trunk(host), end_to_end(ROWS)
-    with host.rows(names, lengths=[len(row) for row in ROWS]), fast_modules(host.executor):
-        assert trunk.cuts(len(ROWS))
-        whole_ND = trunk.hidden(packed)
-        ends_RD = trunk.ends(packed)
-    last = torch.tensor([len(row) for row in ROWS]).cumsum(0) - 1
+    with host.rows(names, lengths=LENGTHS), fast_modules(host.executor):
+        cut = trunk.cut(LENGTHS)
+        assert cut is not None
+        whole_ND, ends_RD = trunk.hidden(packed), trunk.hidden(packed, cut)
+    last = torch.tensor(LENGTHS).cumsum(0) - 1
     torch.testing.assert_close(ends_RD, whole_ND[last], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_row_with_a_soft_prompt_has_every_position_computed() -> None:
     host = host_of("qwen3")
-    trunk, packed = Trunk(host), end_to_end(ROWS)
-    with host.rows(["soft", "lora", None, None, None], lengths=[len(row) for row in ROWS]), fast_modules(host.executor):
-        assert not trunk.cuts(len(ROWS))
-        whole_ND, ends_RD = trunk.hidden(packed), trunk.ends(packed)
-    last = torch.tensor([len(row) for row in ROWS]).cumsum(0) - 1
-    assert torch.equal(ends_RD, whole_ND[last])
+    with host.rows(["soft", "lora", None, None, None], lengths=LENGTHS), fast_modules(host.executor):
+        assert Trunk(host).cut(LENGTHS) is None
+    stacks = host.stacks(["soft", "lora", None, None, None])
+    prompts = [Prompt(row, stack) for row, stack in zip(ROWS, stacks, strict=True)]
+    together = read(Trunk(host), prompts, keep=False)
+    for prompt, own in zip(prompts, together, strict=True):
+        (alone,) = read(Trunk(host), [prompt], keep=False)
+        torch.testing.assert_close(own.hidden_D, alone.hidden_D, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -103,4 +106,4 @@ def test_another_number_of_rows_is_refused_as_ever() -> None:
     host = host_of("qwen3")
     trunk = Trunk(host)
     with host.rows([None] * 2, lengths=[3, 1]), pytest.raises(RouteError, match="rows"):
-        trunk.ends(end_to_end(ROWS))
+        trunk.hidden(end_to_end(ROWS), trunk.cut(LENGTHS))

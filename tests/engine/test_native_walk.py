@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from lorica.engine import kv_cache, updates
+from lorica.engine import batch, kv_cache, updates
 from lorica.engine.host import Host
+from lorica.engine.native import spread
 from lorica.engine.native.kernels import BUNCH, Kernels, LowRank, RowFactors, RowMaps
 from lorica.engine.native.proved import kernels_for, walks_here
-from lorica.engine.native.walk import PANEL, Adapted, Layers, Walks
-from lorica.engine.requests import Finished, StreamRequest
+from lorica.engine.native.walk import PANEL, Adapted, Layers, Sampler, Walks
+from lorica.engine.requests import Failed, Finished, StreamRequest
 from lorica.engine.stream import Stream
 from lorica.methods.lora import LoRA
 from lorica.methods.norm import Norm
@@ -33,6 +35,7 @@ ROWS = [
 ]
 """Who acts on a row, the length of its prompt, and how many tokens it samples."""
 LONG = [(("a",), 12, 8), (("prefix",), 9, 8), ((), 2, 3)]
+Sampled = tuple[list[int], list[float]]
 pytestmark = pytest.mark.skipif(walks_here() is None, reason="there is no C compiler on this machine")
 
 
@@ -52,18 +55,33 @@ def host_of(family: str, *, native: bool, **sizes: Any) -> Host:
     return host
 
 
-def sampled(host: Host, rows: list[tuple[tuple[str, ...], int, int]] = ROWS) -> list[tuple[list[int], list[float]]]:
+def sampled(
+    host: Host,
+    rows: list[tuple[tuple[str, ...], int, int]] = ROWS,
+    *,
+    tells: bool = True,
+    late: int = 0,
+    **settings: Any,
+) -> list[Sampled]:
+    """What the rows sample; from the second on, each comes `late` turns behind the one before it."""
     stream, rng = Stream(host), torch.Generator().manual_seed(1)
+    asked = []
     for key, (names, length, tokens) in enumerate(rows):
         prompt = torch.randint(3, 128, (length,), generator=rng).tolist()
-        stack = tuple(host.adapter(name) for name in names)
-        stream.add(StreamRequest(key, prompt, stack, SamplingParams(max_tokens=tokens, temperature=0.0)))
-    found: dict[Any, tuple[list[int], list[float]]] = {}
-    while not stream.idle:
+        params = SamplingParams(**{"max_tokens": tokens, "temperature": 0.0, "seed": key, **settings})
+        asked.append(StreamRequest(key, prompt, host.stacks([names])[0], params, tells=tells))
+    found: dict[Any, Sampled] = {}
+    turns = 0
+    while asked or not stream.idle:
+        while asked and (not late or turns >= late * asked[0].key):
+            stream.add(asked.pop(0))
+        turns += 1
         for event in stream.turn():
             if isinstance(event, Finished):
                 (sample,) = event.result.samples
                 found[event.key] = list(sample.tokens), list(sample.logprobs)
+            elif isinstance(event, Failed):
+                found[event.key] = [], []
     return [found[key] for key in range(len(rows))]
 
 
@@ -71,12 +89,17 @@ def sampled(host: Host, rows: list[tuple[tuple[str, ...], int, int]] = ROWS) -> 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of each call of whole layers."""
     seen: list[int] = []
-    own = Layers.__call__
-    monkeypatch.setattr(Layers, "__call__", lambda self, x, *rest: (seen.append(len(x)), own(self, x, *rest))[1])
+    for kind in (Layers, Sampler):
+
+        def call(self: Any, x: Tensor, *rest: Any, own: Any = kind.__call__) -> Any:
+            seen.append(len(x))
+            return own(self, x, *rest)
+
+        monkeypatch.setattr(kind, "__call__", call)
     return seen
 
 
-def same(one: list[tuple[list[int], list[float]]], other: list[tuple[list[int], list[float]]]) -> bool:
+def same(one: list[Sampled], other: list[Sampled]) -> bool:
     pairs = list(zip(one, other, strict=True))
     return all(a[0] == b[0] and a[1] == pytest.approx(b[1], abs=1e-4) for a, b in pairs)
 
@@ -119,6 +142,94 @@ def test_a_norm_that_an_adapter_changes_has_no_whole_steps(calls: list[int]) -> 
     rows = [(("norms",), 5, 4), (("a",), 3, 4)]
     assert same(*(sampled(host, rows) for host in hosts))
     assert not calls
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("late", [0, 1, 3])
+def test_several_tokens_a_call_are_those_of_one_a_call(
+    late: int, threads: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "LARGE", 1)
+    host, before = host_of("qwen3", native=True), torch.get_num_threads()
+    rows = [(names, length, 9 * tokens) for names, length, tokens in ROWS]
+    wanted = sampled(host, rows, late=late, temperature=1.0)
+    one = len(calls)
+    calls.clear()
+    torch.set_num_threads(threads)
+    try:
+        found = sampled(host, rows, late=late, temperature=1.0, tells=False)
+    finally:
+        torch.set_num_threads(before)
+    assert len(calls) < one / 2
+    assert found == wanted
+
+
+def test_a_sample_that_ends_within_a_call_has_nothing_behind_its_end(calls: list[int]) -> None:
+    host = host_of("qwen3", native=True)
+    rows = [(names, length, 40) for names, length, _ in ROWS]
+    stops = {"temperature": 1.5, "stop_ids": tuple(range(20)), "stop_sequences": ((40,), (41, 42))}
+    wanted = sampled(host, rows, **stops)
+    assert len({len(tokens) for tokens, _ in wanted}) > 2
+    one = len(calls)
+    calls.clear()
+    assert sampled(host, rows, tells=False, **stops) == wanted
+    assert len(calls) < one
+
+
+def test_calls_end_where_memory_for_keys_does(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "GROWTH", 3)
+    host = host_of("qwen3", native=True)
+    rows = [(names, length, 30) for names, length, _ in ROWS]
+    wanted = sampled(host, rows)
+    assert sampled(host, rows, tells=False) == wanted
+
+
+@pytest.mark.parametrize(("rows", "all_", "most"), [(1, 128, batch.LONGEST), (20, 128, 6), (20, 16, 1)])
+def test_many_rows_have_few_tokens_a_call(rows: int, all_: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    host, counts = host_of("qwen3", native=True), []
+    own = Sampler.__call__
+    monkeypatch.setattr(batch, "AT_A_STEP", all_)
+    monkeypatch.setattr(Sampler, "__call__", lambda *given: (counts.append(len(given[6])), own(*given))[1])
+    sampled(host, [(("a",), 3, 33)] * rows, tells=False)
+    assert max(counts) == most
+    assert sum(counts) == 32
+
+
+def test_a_row_that_asks_for_more_is_drawn_from_its_logits(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = [host_of("qwen3", native=native) for native in (True, False)]
+    heads: list[int] = []
+    own = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda *given: (heads.append(1), own(*given))[1])
+    calls.clear()
+    assert same(*(sampled(host, temperature=1.0, top_k=5, tells=False) for host in hosts))
+    assert len(calls) == 5
+    assert not heads
+
+
+def test_an_adapter_of_the_embedding_has_it_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = [host_of("qwen3", native=native) for native in (True, False)]
+    for host in hosts:
+        host.add("words", LoRA(rank=4), "embed_tokens", seed=9).flat.add_(0.2)
+    drawn: list[int] = []
+    own = Sampler.__call__
+    monkeypatch.setattr(Sampler, "__call__", lambda *given: (drawn.append(len(given[1])), own(*given))[1])
+    with_, without = [(("words",), 5, 9), (("a",), 3, 9)], [(("b",), 5, 9), (("a",), 3, 9)]
+    assert same(*(sampled(host, with_, tells=False) for host in hosts))
+    assert not drawn
+    assert same(*(sampled(host, without, tells=False) for host in hosts))
+    assert drawn, "nobody there changes the embedding"
+
+
+def test_a_row_that_is_no_number_within_a_call_fails_alone() -> None:
+    host = host_of("qwen3", native=True)
+    rows = [(names, length, 12) for names, length, _ in ROWS]
+    wanted = sampled(host, rows, tells=False)
+    sick = host.add("sick", LoRA(rank=4), "down_proj", seed=5)
+    sick.flat.fill_(torch.nan)
+    rows[2] = ("sick",), 9, 12
+    found = sampled(host, rows, tells=False)
+    assert found[2] == ([], [])
+    assert found[:2] + found[3:] == wanted[:2] + wanted[3:]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -1,4 +1,4 @@
-"""Rows that are decoded together: one token of each at every step, whoever came and went since the last.
+"""Rows that are decoded together: some tokens of each at every step, whoever came and went since the last.
 
 In: jobs whose prompts were read. Out: events. Linear maps run over all rows at once, attention lane by lane; what
 depends on who is there is made again only when that changes. Refuses to know who waits, and budgets.
@@ -15,7 +15,7 @@ from lorica.core.errors import LoricaError
 from lorica.engine.abilities import FAILURES, close, probe_row
 from lorica.engine.decode import Step, head_maps, step_of
 from lorica.engine.groups import standing_in
-from lorica.engine.jobs import Job, Row, take
+from lorica.engine.jobs import Job, Row, add, take
 from lorica.engine.kv_cache import Budget, KVCache
 from lorica.engine.kv_lane import Kept
 from lorica.engine.prefixes import Prefixes
@@ -30,6 +30,8 @@ THIN = 0.75
 """The batch is made smaller once no more than this share of its rows is unfinished."""
 AT_ONCE = 32
 """Most first tokens that are drawn from logits that exist at the same time."""
+LONGEST, AT_A_STEP = 8, 128
+"""Most tokens that a step samples of a row, and of all rows: those who come, train or cancel wait for its end."""
 STEPS, READS_ON = "steps", "reads on"
 
 
@@ -89,6 +91,7 @@ class Batch:
         self._rows: list[Row] = []  # of the steps, in their order; the dead among them until the batch is thin
         self._passing: list[Row] = []
         self._stale = False
+        self._stride = 1
         self._stacks: list[Stack] = []
         self._step, self._route = Step([]), Route([])
 
@@ -136,6 +139,7 @@ class Batch:
         self._vacate()
         if not seated:
             return
+        self._stride = 1  # where one comes, others do
         rank: dict[Stack, int] = {}
         # neighbours of one stack share its product
         seated.sort(key=lambda pair: rank.setdefault(pair[0].job.request.stack, len(rank)))
@@ -175,7 +179,9 @@ class Batch:
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def step(self, events: list[Event]) -> None:
-        """One token of every row. An error fails all rows that it may have come from."""
+        """The next token of every row, or some more where nobody waits for each. An error fails all rows that it may
+        have come from.
+        """
         for rows, work in ((self._rows, self._decode), (self._passing, self._recompute)):
             if all(row.dead for row in rows):
                 continue
@@ -190,7 +196,29 @@ class Batch:
     def _decode(self, events: list[Event]) -> None:
         self._compose()
         self.cache.advance()
-        ids_R1 = self.trunk.tensor([row.tokens[-1] for row in self._rows])[:, None]
+        ids_R = self.trunk.tensor([row.tokens[-1] for row in self._rows])
+        if not self._sample(ids_R, events):
+            self._walk(ids_R[:, None], events)
+
+    def _sample(self, ids_R: Tensor, events: list[Event]) -> bool:
+        """Tokens of every row in one call, behind these. False where there is none, or somebody asks for more."""
+        sampler, live = self._step.sampler, [row for row in self._rows if not row.dead]
+        room = sampler.room(self.cache) if sampler is not None and all(row.job.plain for row in live) else 0
+        if sampler is None or not room:
+            return False
+        heard = any(row.job.request.tells for row in live)
+        most = min(room, self._stride, AT_A_STEP // len(self._rows), *(row.left for row in live))
+        count = 1 if heard else max(1, most)
+        self._stride = min(2 * self._stride, LONGEST)
+        heats = [0.0 if row.dead else row.job.request.params.temperature for row in self._rows]
+        drawing = list(zip(self._rows, heats, strict=True))
+        uniform = [[row.rng() if heat else 0.0 for row, heat in drawing] for _ in range(count)]
+        tokens_CR, logprobs_CR = sampler.sample(self.cache, ids_R, heats, uniform)
+        for tokens, logprobs in zip(tokens_CR.tolist(), logprobs_CR.tolist(), strict=True):
+            add(self._rows, tokens, logprobs, events)
+        return True
+
+    def _walk(self, ids_R1: Tensor, events: list[Event]) -> None:
         lane = self.cache.steady()
         graphs = self.host.executor.graphs and self._step.walk is not None
         key = None if lane is None or not graphs else (self._step, lane, lane.version)

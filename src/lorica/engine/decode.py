@@ -23,7 +23,7 @@ from lorica.engine.joined import JoinedMaps
 from lorica.engine.native.kernels import Kernels, LowRank, RowMaps
 from lorica.engine.route import Stack
 from lorica.engine.step_blocks import GatedStep, RotaryStep, Turn, norm_step, rotary_parts
-from lorica.engine.step_walk import Maps, step_walk
+from lorica.engine.step_walk import Maps, StepWalk, step_walk
 from lorica.engine.updates import Updates
 
 Forwards = list[tuple[nn.Module, Any]]
@@ -38,6 +38,11 @@ class Step:
     forwards: Forwards
     walk: Walk | None = None
 
+    @property
+    def sampler(self) -> StepWalk | None:
+        """The walk, where it may sample too."""
+        return self.walk if isinstance(self.walk, StepWalk) else None
+
 
 def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> Step:
     """Stand-ins that expect one token of each of these rows; neighbours of one stack share. Linear modules have some,
@@ -47,7 +52,8 @@ def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> St
     if not _computes_alike(executor):
         return Step([])
     kernels = executor.kernels(backbone.dtype)
-    norms = bare_norms(executor, {adapter: None for stack in stacks for adapter in stack})
+    adapters = list(dict.fromkeys(adapter for stack in stacks for adapter in stack))
+    norms = bare_norms(executor, adapters)
     stood = ((module, norm_step(norm, kernels)) for module, norm in norms)
     forwards: Forwards = [(module, forward) for module, forward in stood if forward is not None]
     walks = executor.walks(backbone.dtype)
@@ -68,7 +74,7 @@ def step_of(executor: Executor, stacks: Sequence[Stack], updates: Updates) -> St
         return Step(forwards)
     if walks is not None:
         adapted = {maps: step.adapted for maps, step in whole.items()}
-        walk = step_walk(executor, standing, adapted, walks, walk)
+        walk = step_walk(executor, standing, adapted, adapters, walks, walk)
     return Step(outside(executor, standing), walk)
 
 
@@ -129,7 +135,9 @@ def _low_rank_maps(
         return {}
     distinct, runs = _runs(stacks, lengths)
     free = ((group, _rows_at(executor, group, distinct, updates, kernels)) for group in groups if group.free)
-    return {group: JoinedMaps(group, _low(group, rows, runs, kernels)) for group, rows in free if rows is not None}
+    low = ((group, _low(group, rows, runs, kernels)) for group, rows in free if rows is not None)
+    walks = executor.walks(torch.float32)
+    return {group: JoinedMaps(group, factors, walks) for group, factors in low}
 
 
 def _computes_alike(executor: Executor) -> bool:

@@ -29,7 +29,7 @@ from lorica.engine.native.nodes import NativeGate, NativeNorm, NativeTurn
 from lorica.engine.native.passes import Passes
 from lorica.engine.prepack import FrozenMaps
 from lorica.engine.rotary_pass import rotary_nodes, rotary_passes
-from lorica.engine.sites import NormForward
+from lorica.engine.sites import NormForward, is_bare
 from lorica.engine.step_blocks import Rotary
 
 KEPT, NATIVE = "fused", "native"
@@ -119,9 +119,9 @@ def fast_modules(executor: Executor, known: Mapping[Group, JoinedMaps] = Mapping
     native = _native(executor, kernels)
     route = executor.live_route()
     touched = () if route is None else route.adapters()
-    bare = [(m, norm) for m, norm in norms.items() if _is_bare(m, touched)]
+    bare = [(m, norm) for m, norm in norms.items() if is_bare(m, touched)]
     forwards: list[tuple[nn.Module, Any]] = [(m, native.norms.get(m, norm)) for m, norm in bare]
-    adapted = ((m, m.__dict__["forward"], norm) for m, norm in norms.items() if not _is_bare(m, touched))
+    adapted = ((m, m.__dict__["forward"], norm) for m, norm in norms.items() if not is_bare(m, touched))
     forwards += [(m, AdaptedNorm(own, norm)) for m, own, norm in adapted if _is_alone(own)]
     for shared in passes.values():
         forwards += [(m.module, Stand(shared, i)) for i, m in enumerate(shared.group.members)]
@@ -180,15 +180,7 @@ def gated_blocks(executor: Executor) -> list[Gated]:
 def bare_norms(executor: Executor, adapters: Iterable[Adapter]) -> list[tuple[nn.Module, FusedNorm]]:
     """The norms of known form that none of these adapters changes."""
     touched = list(adapters)
-    return [(module, norm) for module, norm in _fused(executor)[0].items() if _is_bare(module, touched)]
-
-
-def _is_bare(norm: nn.Module, adapters: Sequence[Adapter]) -> bool:
-    """Whether a norm acts as its class does beside these adapters: none of them, and nobody else, changes it."""
-    before = norm.__dict__.get("forward")
-    if before is None:
-        return True
-    return _is_alone(before) and not any(before.executor.acts(adapter, before.site.name) for adapter in adapters)
+    return [(module, norm) for module, norm in _fused(executor)[0].items() if is_bare(module, touched)]
 
 
 def _is_alone(forward: object) -> TypeGuard[NormForward]:

@@ -125,6 +125,11 @@ class Row:
         """Whether nothing more is to be computed for it."""
         return self.done or self.job.over
 
+    @property
+    def left(self) -> int:
+        """How many more tokens it may have."""
+        return self.job.request.params.max_tokens - len(self.tokens)
+
     def take(self, token: int, logprob: float) -> None:
         params = self.job.request.params
         self.tokens.append(token)
@@ -143,10 +148,14 @@ class Row:
 
 
 def take(rows: Sequence[Row], logits_RV: Tensor, events: list[Event], kernels: Kernels | None) -> None:
-    """The next token of each row; a row whose logits are no numbers fails its job. `kernels` are for the logits."""
-    tokens, values = _drawn(rows, logits_RV, kernels) or _chosen(rows, logits_RV)
-    for row, token, logprob in zip(rows, tokens, values, strict=True):
-        if row.job.over:
+    """The next token of each row, drawn from its logits. `kernels` are for these."""
+    add(rows, *(_drawn(rows, logits_RV, kernels) or _chosen(rows, logits_RV)), events)
+
+
+def add(rows: Sequence[Row], tokens: Sequence[int], logprobs: Sequence[float], events: list[Event]) -> None:
+    """A token and its log-probability to every row that goes on; a row where that is no number fails its job."""
+    for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        if row.dead:
             continue
         if math.isnan(logprob):  # one logit that is no number leaves none in its row
             row.job.fail(row.job.no_number(f"token {len(row.tokens)} of sample {row.index}"), events)

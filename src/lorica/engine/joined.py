@@ -45,4 +45,5 @@ class JoinedMaps(Shared):
 
     def made(self, make: Make, *sources: Tensor) -> Tensor:
         """What the only member makes of `make(*sources)`."""
-        return self.compute(make(*sources))[0]
+        flat = [source.reshape(-1, source.shape[-1]) for source in sources]
+        return self.joined(make(*flat)).view(*sources[0].shape[:-1], -1)

@@ -85,18 +85,19 @@ def read(trunk: Trunk, prompts: Sequence[Prompt], *, keep: bool, updates: Update
     stacks, executor = [prompt.stack for prompt in prompts], trunk.host.executor
     with trunk.host.rows(stacks, lengths=lengths):
         every = any(prompt.scores or prompt.topk for prompt in prompts)
-        cuts = not every and trunk.cuts(len(stacks))
+        cut = None if every else trunk.cut(lengths)
         known: dict[Group, JoinedMaps] = {}
         if updates is not None and not trunk.longer(len(stacks)):
-            known = prompt_maps(executor, stacks, lengths, updates, last_block(executor) if cuts else None)
+            known = prompt_maps(executor, stacks, lengths, updates, None if cut is None else last_block(executor))
         packed = end_to_end([prompt.tokens for prompt in prompts])
         with fast_modules(executor, known), caching(trunk, cache):
-            hidden_ND = trunk.hidden(packed) if every else trunk.ends(packed)
+            hidden_ND = trunk.hidden(packed, cut)
         found, start = [], 0
         for index, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
             logprobs, topk = _scores(trunk, prompt, hidden_ND, start)
             kept = None if cache is None or cache.filling is None else cache.filling.rows[index]
-            found.append(Read(hidden_ND[start + length - 1 if every else index].clone(), kept, logprobs, topk))
+            last_D = hidden_ND[start + length - 1 if cut is None else index]
+            found.append(Read(last_D.clone(), kept, logprobs, topk))
             start += length
     return found
 

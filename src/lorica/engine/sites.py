@@ -8,7 +8,7 @@ Refuses to know methods and files.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lorica.adapters.adapter import Adapter
 from lorica.core.site import Site
 from lorica.core.update import LinearUpdate
 from lorica.engine.equation import Dropout
@@ -53,6 +54,14 @@ class SiteForward(ABC):
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward with the updates of the present route."""
+
+
+def is_bare(module: nn.Module, adapters: Iterable[Adapter]) -> bool:
+    """Whether a module has the forward of its class beside these adapters: neither they nor anybody else changes it."""
+    before = module.__dict__.get("forward")
+    if not isinstance(before, SiteForward):
+        return before is None
+    return before.previous is None and not any(before.executor.acts(own, before.site.name) for own in adapters)
 
 
 def amp(x: Tensor) -> Tensor:

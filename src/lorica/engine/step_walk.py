@@ -1,4 +1,4 @@
-"""All layers of a chain in one call of a kernel, while rows are sampled token by token.
+"""All layers of a chain in one call of a kernel, or whole tokens, while rows are sampled token by token.
 
 In: a chain, the stand-ins of its modules in a step, the step's joined maps. Out: a walk, where every module has a
 stand-in that the kernel knows; rows whose keys lie in several lanes go the way of the stand-ins. Refuses to know
@@ -7,18 +7,21 @@ adapters and families by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from lorica.adapters.adapter import Adapter
 from lorica.engine.attention import HUB
 from lorica.engine.chain import Chain, Forward, Walk, chain_of
 from lorica.engine.executor import Executor
 from lorica.engine.groups import hooked
+from lorica.engine.kv_cache import KVCache
 from lorica.engine.kv_lane import Lane
-from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Walks
+from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Sampler, Walks
+from lorica.engine.sites import is_bare
 from lorica.engine.step_blocks import GatedStep, NormStep, RotaryStep, Rotations, signed
 from lorica.models.positions import uniform_positions, window_of
 
@@ -26,6 +29,8 @@ KEPT = "turns"
 FIRST = 256
 """Positions that rotations are made for at first."""
 Maps = tuple[nn.Module, ...]
+Drawn = tuple[Tensor, Tensor]
+"""Tokens [C, R] of rows, and their log-probabilities."""
 
 
 class Turns:
@@ -38,13 +43,16 @@ class Turns:
 
     def __call__(self, x_R1D: Tensor, positions_R1: Tensor) -> Rotations:
         positions_R = positions_R1.flatten()
-        count = int(positions_R.max()) + 1
-        if count > len(self._made[0]):
-            known_1P = torch.arange(max(FIRST, 2 * count), device=x_R1D.device)[None]
-            cos_P1K, sin_P1K = signed(self._rotations(x_R1D[:1], known_1P))
-            self._made = cos_P1K[:, 0].contiguous(), sin_P1K[:, 0].contiguous()
-        cos_PK, sin_PK = self._made
+        cos_PK, sin_PK = self.known(x_R1D, int(positions_R.max()) + 1)
         return cos_PK.index_select(0, positions_R), sin_PK.index_select(0, positions_R)
+
+    def known(self, like: Tensor, count: int) -> Rotations:
+        """Those of all positions below `count` at least, [P, K], for hidden states of this dtype and device."""
+        if count > len(self._made[0]):
+            known_1P = torch.arange(max(FIRST, 2 * count), device=like.device)[None]
+            cos_P1K, sin_P1K = signed(self._rotations(like, known_1P))
+            self._made = cos_P1K[:, 0].contiguous(), sin_P1K[:, 0].contiguous()
+        return self._made
 
 
 def _turns_of(executor: Executor, chain: Chain) -> Callable[[Tensor, Tensor], Rotations]:
@@ -58,7 +66,7 @@ def _turns_of(executor: Executor, chain: Chain) -> Callable[[Tensor, Tensor], Ro
 
 
 class StepWalk:
-    """The walk of a step."""
+    """The walk of a step. `head` is what logits are made by, where nothing is behind it."""
 
     def __init__(
         self,
@@ -66,33 +74,66 @@ class StepWalk:
         turns: Callable[[Tensor, Tensor], Rotations],
         attentions: list[nn.Module],
         layers: Layers,
+        head: Adapted | None,
         other: Walk,
     ) -> None:
         self._chain, self._turns, self._attentions, self._layers, self._other = chain, turns, attentions, layers, other
         self._seen: tuple[Lane, int] | None = None
+        self._sampler: Sampler | None = None
+        if head is not None and isinstance(turns, Turns):
+            self._sampler = Sampler(layers, cast(nn.Embedding, chain.embedding).weight.detach(), head)
 
     def __call__(self, ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
         cache = self._attentions[0].__dict__[HUB].cache
-        found = None if cache is None else cache.alone()
+        found = None if cache is None else self._places(cache)
         if found is None:
             return self._other(ids_RT, positions_RT)
         lane, places_R = found
-        if self._seen != (lane, lane.version):
-            self._layers.remember([Memory(*lane.memory(module)) for module in self._attentions])
-            self._seen = lane, lane.version
         x_R1D = self._chain.embedding(ids_RT)
         turns = self._turns(x_R1D, positions_RT)
         return self._layers(x_R1D[:, 0].clone(), turns, places_R, lane.slot)[:, None]
+
+    def room(self, cache: KVCache) -> int:
+        """How many tokens of each row `sample` may be asked for; the first of them has been advanced to."""
+        found = None if self._sampler is None else self._places(cache)
+        return 0 if found is None else found[0].capacity - found[0].slot
+
+    def sample(
+        self, cache: KVCache, ids_R: Tensor, heats: Sequence[float], uniform: Sequence[Sequence[float]]
+    ) -> Drawn:
+        """The next tokens of each row behind `ids`, one for each list of uniform numbers of the rows."""
+        found = self._places(cache)
+        assert found is not None
+        assert self._sampler is not None
+        lane, places_R = found
+        positions_R, last = cache.positions().flatten(), len(uniform) - 1
+        weight = cast(nn.Embedding, self._chain.embedding).weight
+        turns = cast(Turns, self._turns).known(weight, int(positions_R.max()) + last + 1)
+        rows = ids_R, positions_R, places_R
+        drawn = self._sampler(*rows, turns, torch.tensor(heats), torch.tensor(uniform), lane.slot)
+        lane.advance(last)
+        return drawn
+
+    def _places(self, cache: KVCache) -> tuple[Lane, Tensor] | None:
+        """The lane of all rows, which the layers know then, and their places in it."""
+        found = cache.alone()
+        if found is not None and self._seen != (found[0], found[0].version):
+            self._layers.remember([Memory(*found[0].memory(module)) for module in self._attentions])
+            self._seen = found[0], found[0].version
+        return found
 
 
 def step_walk(
     executor: Executor,
     forwards: Mapping[nn.Module, Forward],
     adapted: Mapping[Maps, Adapted | None],
+    adapters: Iterable[Adapter],
     walks: Walks,
     other: Walk,
 ) -> Walk:
-    """A chain's walk in one call, where that is what its stand-ins do; `other` is what they do."""
+    """A chain's walk in one call, where that is what its stand-ins do for rows of these adapters; `other` is what they
+    do.
+    """
     chain = chain_of(executor)
     assert chain is not None
     layers, heads = [], set()
@@ -106,8 +147,20 @@ def step_walk(
     if last is None or len(heads) != 1:
         return other
     attentions = [parts[1] for parts in chain.layers]
-    turns = _turns_of(executor, chain)
-    return StepWalk(chain, turns, attentions, Layers(walks, layers, last, heads.pop()), other)
+    whole = Layers(walks, layers, last, heads.pop())
+    head = executor.backbone.head
+    plain = _ends_plainly(executor, chain.embedding, adapters)
+    logits = adapted.get((head,)) if head is not None and plain else None
+    return StepWalk(chain, _turns_of(executor, chain), attentions, whole, logits, other)
+
+
+def _ends_plainly(executor: Executor, embedding: nn.Module, adapters: Iterable[Adapter]) -> bool:
+    """Whether tokens become hidden states by a look into a table alone, and logits are what the head makes."""
+    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or executor.backbone.transforms_logits:
+        return False
+    weight = embedding.weight
+    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+    return known and is_bare(embedding, adapters) and not hooked(embedding)
 
 
 def _norm(step: Forward | None) -> Norm | None:

@@ -166,7 +166,7 @@ class Stream:
     @torch.no_grad()
     def turn(self, max_prompt_tokens: int = PROMPT_BUDGET) -> list[Event]:
         """Read waiting prompts of at most so many tokens together (a longer one alone; none at 0), seat their rows, and
-        sample one token of every row.
+        sample one token of every row: some more where no request `tells`.
         """
         events: list[Event] = []
         with self.serving():

@@ -89,25 +89,18 @@ class Trunk:
     def tensor(self, values: Sequence[float] | object, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.as_tensor(values, dtype=dtype, device=self.host.backbone.device)
 
-    def hidden(self, packed: Packed) -> Tensor:
-        """Final hidden states [N, width] of the packed tokens under the present route."""
-        return self.walked(self.tensor(packed.tokens), self.tensor(packed.positions), packed.lengths.tolist())
+    def hidden(self, packed: Packed, cut: Cut | None = None) -> Tensor:
+        """Final hidden states [N, width] of the packed tokens under the present route, or of a cut's alone."""
+        return self.walked(self.tensor(packed.tokens), self.tensor(packed.positions), packed.lengths.tolist(), cut)
 
-    def ends(self, packed: Packed) -> Tensor:
-        """Final hidden states [rows, width] of each row's last token: where rows may share passes and the trunk is a
-        chain, the others stop before its last feed-forward block.
+    def cut(self, lengths: Sequence[int]) -> Cut | None:
+        """The last token of each of these rows, where the others may stop before the last feed-forward block: rows
+        share passes under the present route, and the trunk is a chain.
         """
-        lengths = packed.lengths.tolist()
-        ends_R = self.tensor(packed.lengths).cumsum(0) - 1
-        if not self.cuts(len(lengths)):
-            return self.hidden(packed)[ends_R]
-        cut = Cut(ends_R, lambda: self.host.relengthened([1] * len(lengths)))
-        return self.walked(self.tensor(packed.tokens), self.tensor(packed.positions), lengths, cut)
-
-    def cuts(self, rows: int) -> bool:
-        """Whether `ends` leaves out what it can of so many rows, under the present route."""
-        executor = self.host.executor
-        return self.packs() and not self.longer(rows) and bool(last_block(executor) and packed_walk_of(executor))
+        executor, rows = self.host.executor, len(lengths)
+        if not self.packs() or self.longer(rows) or not (last_block(executor) and packed_walk_of(executor)):
+            return None
+        return Cut(self.tensor(lengths).cumsum(0) - 1, lambda: self.host.relengthened([1] * rows))
 
     def walked(self, ids_N: Tensor, positions_N: Tensor, lengths: list[int], cut: Cut | None = None) -> Tensor:
         """The same of tokens that are on the device; of those alone that a cut names, where the trunk is a chain."""

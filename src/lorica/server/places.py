@@ -21,6 +21,7 @@ class Places:
     def __init__(self, artifacts: Artifacts, staging: Path) -> None:
         self.artifacts = artifacts
         self._staging = staging
+        self._known: dict[str, str] = {}
 
     def new(self, run: str, what: str) -> str:
         """A name that nothing has: `runs/<run>/<what>-<random>`."""
@@ -52,9 +53,12 @@ class Places:
             path.unlink(missing_ok=True)
 
     async def read(self, artifact: str) -> str:
-        """The local path to read it from. Raises MissingError."""
-        return str(await asyncio.to_thread(self.artifacts.local_path, artifact))
+        """The local path to read it from, looked for once as long as nobody deletes it. Raises MissingError."""
+        if artifact not in self._known:
+            self._known[artifact] = str(await asyncio.to_thread(self.artifacts.local_path, artifact))
+        return self._known[artifact]
 
     async def delete(self, artifact: str) -> None:
         """Remove it, if it is there."""
+        self._known.pop(artifact, None)
         await asyncio.to_thread(self.artifacts.delete, artifact)

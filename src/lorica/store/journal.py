@@ -79,10 +79,9 @@ def append(connection: sa.Connection, entry: Entry) -> tuple[str, bool]:
     Raises DataError where that first one was done so long ago that it has left the journal.
     """
     if entry.seq is not None:
-        first = connection.scalar(_FIRST, {"of_scope": entry.scope, "of_seq": entry.seq})
+        first, behind = connection.execute(_SEEN, {"of_scope": entry.scope, "of_seq": entry.seq}).one()
         if first is not None:
             return str(first), False
-        behind = connection.scalar(_BEHIND, {"of_scope": entry.scope})
         if behind is not None and entry.seq <= behind:
             raise DataError(
                 f"Request {entry.seq} of {entry.scope} was done before (the run is at {behind}) and its result is no "
@@ -135,10 +134,12 @@ _WITHOUT_BODY: dict[str, Any] = {"body": None, "body_size": 0}
 _OF_ID = requests.c.id == sa.bindparam("of_id")
 # statements of every request are made once: to make one is no small part of what it costs
 _INSERT = requests.insert()
-_FIRST = sa.select(requests.c.id).where(
-    requests.c.scope == sa.bindparam("of_scope"), requests.c.seq == sa.bindparam("of_seq")
+_SEEN = sa.select(
+    sa.select(requests.c.id)
+    .where(requests.c.scope == sa.bindparam("of_scope"), requests.c.seq == sa.bindparam("of_seq"))
+    .scalar_subquery(),
+    sa.select(runs.c.snapshot_seq).where(runs.c.id == sa.bindparam("of_scope")).scalar_subquery(),
 )
-_BEHIND = sa.select(runs.c.snapshot_seq).where(runs.c.id == sa.bindparam("of_scope"))
 _FINISH = (
     requests.update()
     .where(_OF_ID, requests.c.done_at.is_(None))

@@ -209,7 +209,7 @@ class LowRank:
         self._held = rows  # the table below holds addresses alone
         assert all(row.dtypes <= {kernels.dtype} for row in rows)
         self._ranks, self._inputs = max(row.rank for row in rows), max(row.inputs for row in rows)
-        table = np.stack([row.entries for row in rows])
+        table = np.concatenate([row.entries for row in rows]).reshape(len(rows), -1, 3)
         self._table = torch.from_numpy(table if counts is None else table.repeat(counts, 0))
         self._sizes, self._outputs = torch.tensor(sizes), sum(sizes)
         self.numbers = sum(n * row.numbers for row, n in zip(rows, counts or [1] * len(rows), strict=True))

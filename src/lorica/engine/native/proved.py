@@ -19,7 +19,7 @@ from lorica.engine.native import walk
 from lorica.engine.native.build import library
 from lorica.engine.native.kernels import MACROS, Kernels, LowRank, RowFactors, RowMaps
 from lorica.engine.native.passes import SOURCE, Pair, Passes
-from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Walks
+from lorica.engine.native.walk import Adapted, Layer, Layers, Memory, Norm, Sampler, Walks
 
 Some = Callable[..., Tensor]
 """Random numbers of a shape, in the dtype of the kernels or another."""
@@ -256,8 +256,25 @@ def _layers(walks: Walks, kernels: Kernels, some: Some) -> Pairs:
         x_RD = x_RD + own.down(kernels.gate(own.both(y)))
     live_R = places >= 0
     pairs = [(y_RD[live_R], kernels.norm(x_RD, last.factor_D, last.eps)[live_R])]
+    pairs += _sampled(Sampler(whole, some(96, width), maps(width, 96)), kernels, some, places)
     return pairs + [
-        (new, old)
+        (new[:, : slot + 1], old[:, : slot + 1])
         for own, old_ in zip(memory, kept, strict=True)
         for new, old in zip((own.keys, own.values), old_, strict=True)
     ]
+
+
+def _sampled(sampler: Sampler, kernels: Kernels, some: Some, places_R: Tensor) -> Pairs:
+    """Two tokens in one call, then one by one: a row that is likeliest, one that sees nothing, one that is drawn."""
+    ids_R, positions_R, turns = torch.tensor([5, 0, 7]), torch.tensor([3, 0, 1]), (some(8, 16), some(8, 16))
+    heat_R, uniform_CR, slot, live_R = torch.tensor([0.0, 0.0, 1.0]), some(2, 3).abs() % 1, 6, places_R >= 0
+    together = sampler(ids_R, positions_R, places_R, turns, heat_R, uniform_CR, slot)
+    pairs: Pairs = []
+    for step, (tokens_R, logprobs_R) in enumerate(zip(*together, strict=True)):
+        x_RD = sampler.embedding.index_select(0, ids_R)
+        own = tuple(table.index_select(0, positions_R + step) for table in turns)
+        logits_RV = sampler.head(sampler.layers(x_RD, (own[0], own[1]), places_R, slot + step))
+        drawn = kernels.draw(logits_RV, heat_R.tolist(), uniform_CR[step].tolist())
+        pairs += [(new[live_R], old[live_R]) for new, old in zip((tokens_R, logprobs_R), drawn, strict=True)]
+        ids_R = tokens_R
+    return pairs

@@ -1,8 +1,8 @@
-/* A whole decoding step in one call: adapted maps, and layers made of those and of what decode.c has.
+/* Whole decoding steps in one call: adapted maps, layers made of those and of what decode.c has, tokens drawn from them.
 
    In: contiguous memory of torch tensors, and where each part of a trunk lies, in float alone. Out: final hidden states of
-   rows of one token each. A row's numbers never depend on another row's, nor on how many there are. Refuses to know
-   modules, adapters' methods and Python; knows neither threads nor allocation. */
+   rows of one token each, or the tokens that follow. A row's numbers never depend on another row's, nor on how many there
+   are. Refuses to know modules, adapters' methods and Python; knows neither threads nor allocation. */
 
 #include "rows.h"
 #pragma GCC visibility push(hidden) /* ours, whatever else in the process has these names */
@@ -40,6 +40,14 @@ typedef struct {
     int64_t count, width, heads, groups, dim, capacity;
     float eps;
 } trunk;
+
+/* What is around a trunk where tokens follow tokens: embedding [vocabulary, width], signed cosines and sines of every
+   position [positions, dim]. */
+typedef struct {
+    const trunk *trunk;
+    const float *embedding, *cosines, *sines;
+    linear head;
+} sampler;
 
 /* One panel of y for R rows. */
 static inline __attribute__((always_inline)) void tile(const float *x, const float *w, const float *bias, float *y,
@@ -108,15 +116,14 @@ long walk_scratch(const trunk *t, long rows) {
 }
 
 /* y = the trunk's last norm of x [rows, width], embeddings that are overwritten. Cosines and sines [rows, dim]; `places`
-   of rows in the memory of keys, where they are below zero nothing of a row is wanted. scratch: `walk_scratch` for as
-   many rows. */
-void walk(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y,
-          float *scratch, long start, long stop, long slot) {
-    long rows = stop - start, width = t->width, heads = t->heads, groups = t->groups, dim = t->dim;
+   of rows in the memory of keys, where they are below zero nothing of a row is wanted. The first row is the maps' row
+   `start`. scratch: `walk_scratch` for as many rows. */
+static void layers(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y,
+                   float *scratch, long start, long rows, long slot) {
+    long stop = start + rows, width = t->width, heads = t->heads, groups = t->groups, dim = t->dim;
     float *branch = scratch, *q = branch + rows * width, *k = q + rows * heads * dim, *mixed = k + rows * groups * dim;
     float *scores = mixed + rows * heads * dim, *wide = scores + heads / groups * t->capacity;
     const layer *l = t->layers, *end = l + t->count;
-    x += start * width; y += start * width; cosines += start * dim; sines += start * dim; places += start;
     norm(x, 0, t->count ? l->norm : t->norm, 0, y, rows, width, t->count ? l->eps : t->eps);
     for (; l < end; l++) {
         long own = l->qkv.out, kept = groups * t->capacity * dim;
@@ -140,5 +147,43 @@ void walk(const trunk *t, float *x, const float *cosines, const float *sines, co
         adapted_rows(&l->down, gated, branch, places, low, start, stop);
         int last = l + 1 == end;
         norm(x, branch, last ? t->norm : l[1].norm, x, y, rows, width, last ? t->eps : l[1].eps);
+    }
+}
+
+/* The same of the rows [start, stop). */
+void walk(const trunk *t, float *x, const float *cosines, const float *sines, const int64_t *places, float *y,
+          float *scratch, long start, long stop, long slot) {
+    long in = start * t->width, turn = start * t->dim;
+    layers(t, x + in, cosines + turn, sines + turn, places + start, y + in, scratch, start, stop - start, slot);
+}
+
+/* Floats of scratch that `sample` needs for so many rows. */
+long sample_scratch(const sampler *s, long rows) {
+    long own = walk_scratch(s->trunk, rows), head = BUNCH * s->head.rank;
+    return rows * (2 * s->trunk->width + 2 * s->trunk->dim + s->head.out) + (own > head ? own : head);
+}
+
+/* The next `count` tokens of the rows [start, stop) of `all`, one after the other, and their log-probabilities without
+   heat: each is drawn as `draw` does, and fed where the one before it was not yet. ids, positions, places and heat [all]
+   are of the first token that is fed, which is kept at `slot`; uniform, tokens and logprobs [count, all].
+   scratch: `sample_scratch`; mass [vocabulary / BLOCK, rounded up] */
+void sample(const sampler *s, const int64_t *ids, const int64_t *positions, const int64_t *places, const float *heat,
+           const float *uniform, int64_t *tokens, float *logprobs, float *scratch, double *mass, long start, long stop,
+           long all, long slot, long count) {
+    const trunk *t = s->trunk;
+    long rows = stop - start, width = t->width, dim = t->dim;
+    float *x = scratch, *y = x + rows * width, *cosines = y + rows * width, *sines = cosines + rows * dim;
+    float *logits = sines + rows * dim, *rest = logits + rows * s->head.out;
+    ids += start; positions += start; places += start; heat += start; uniform += start; tokens += start; logprobs += start;
+    for (long k = 0; k < count; k++, ids = tokens, tokens += all, logprobs += all, uniform += all) {
+        for (long n = 0; n < rows; n++) {
+            long p = positions[n] + k;
+            memcpy(x + n * width, s->embedding + ids[n] * width, width * sizeof *x);
+            memcpy(cosines + n * dim, s->cosines + p * dim, dim * sizeof *x);
+            memcpy(sines + n * dim, s->sines + p * dim, dim * sizeof *x);
+        }
+        layers(t, x, cosines, sines, places, y, rest, start, rows, slot + k);
+        adapted_rows(&s->head, y, logits, places, rest, start, stop);
+        draw(logits, heat, uniform, tokens, logprobs, mass, rows, s->head.out);
     }
 }

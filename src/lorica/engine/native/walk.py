@@ -1,4 +1,4 @@
-"""The functions of `walk.c` on tensors: adapted maps in one call, and all layers of a decoding step in one.
+"""The functions of `walk.c` on tensors: adapted maps, all layers of a decoding step, whole steps, each in one call.
 
 In: contiguous float32 tensors on a CPU without gradients. Out: what the kernels of a step and torch's products give, up
 to rounding; a row's numbers are the same bits in any batch. Many numbers are spread over torch's number of threads by
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorica.engine.native.kernels import BUNCH, LANES, LowRank
+from lorica.engine.native.kernels import BLOCK, BUNCH, LANES, LowRank
 from lorica.engine.native.spread import spread
 
 SOURCE = Path(__file__).with_name("walk.c")
@@ -50,11 +50,21 @@ class _Trunk(ctypes.Structure):
     ]
 
 
+class _Sampler(ctypes.Structure):
+    _fields_ = [
+        ("trunk", ctypes.POINTER(_Trunk)),
+        *((name, _POINTER) for name in ("embedding", "cosines", "sines")),
+        ("head", _Linear),
+    ]
+
+
 _FORMS: dict[str, tuple[list[Any], Any]] = {
     "panels": ([_POINTER] * 2 + [_LONG] * 2, None),
     "adapted": ([_POINTER] * 4 + [_LONG] * 2, None),
     "walk_scratch": ([_POINTER, _LONG], _LONG),
     "walk": ([_POINTER] * 7 + [_LONG] * 3, None),
+    "sample_scratch": ([_POINTER, _LONG], _LONG),
+    "sample": ([_POINTER] * 10 + [_LONG] * 5, None),
 }
 
 
@@ -154,12 +164,12 @@ class Layers:
     """
 
     def __init__(self, walks: Walks, layers: Sequence[Layer], norm: Norm, heads: tuple[int, int, int]) -> None:
-        self._code, self._held = walks.code, (layers, norm)
+        self.code, self._held = walks.code, (layers, norm)
         self._memory: Sequence[Memory] = ()
         self._forms = (_Layer * len(layers))(*map(_form, layers))
         self._width = norm.factor_D.shape[0]
-        self._trunk = _Trunk(self._forms, norm.factor_D.data_ptr(), len(layers), self._width, *heads, 0, norm.eps)
-        self._numbers = sum(m.numbers for layer in layers for m in (layer.qkv, layer.out, layer.both, layer.down))
+        self.trunk = _Trunk(self._forms, norm.factor_D.data_ptr(), len(layers), self._width, *heads, 0, norm.eps)
+        self.numbers = sum(m.numbers for layer in layers for m in (layer.qkv, layer.out, layer.both, layer.down))
 
     def remember(self, memory: Sequence[Memory]) -> None:
         self._memory = memory
@@ -167,7 +177,7 @@ class Layers:
             assert all(part.is_contiguous() and part.dtype == torch.float32 for part in (own.keys, own.values))
             form.keys, form.values = own.keys.data_ptr(), own.values.data_ptr()
             form.first, form.always = own.first_P.data_ptr(), own.always_P.data_ptr()
-        self._trunk.capacity = memory[0].keys.shape[1]
+        self.trunk.capacity = memory[0].keys.shape[1]
 
     def __call__(self, x_RD: Tensor, turns: tuple[Tensor, Tensor], places_R: Tensor, slot: int) -> Tensor:
         """Hidden states [R, D] behind the last norm, from embeddings, which are overwritten, and signed cosines and
@@ -179,15 +189,57 @@ class Layers:
             assert tensor.is_contiguous()
         assert x_RD.dtype == cos_RK.dtype == sin_RK.dtype == torch.float32
         y_RD = torch.empty_like(x_RD)
-        trunk = ctypes.byref(self._trunk)
+        trunk = ctypes.byref(self.trunk)
         tensors = [t.data_ptr() for t in (x_RD, cos_RK, sin_RK, places_R, y_RD)]
 
         def part(start: int, stop: int) -> None:
-            scratch = torch.empty(self._code.walk_scratch(trunk, stop - start))
-            self._code.walk(trunk, *tensors, scratch.data_ptr(), start, stop, slot)
+            scratch = torch.empty(self.code.walk_scratch(trunk, stop - start))
+            self.code.walk(trunk, *tensors, scratch.data_ptr(), start, stop, slot)
 
-        spread(part, x_RD.shape[0], self._numbers)
+        spread(part, x_RD.shape[0], self.numbers)
         return y_RD
+
+
+class Sampler:
+    """Layers between an embedding [V, D] and a head without anything behind it: tokens that follow tokens."""
+
+    def __init__(self, layers: Layers, embedding_VD: Tensor, head: Adapted) -> None:
+        assert embedding_VD.is_contiguous()
+        assert embedding_VD.dtype == torch.float32
+        self.layers, self.embedding, self.head = layers, embedding_VD, head
+        self._numbers = layers.numbers + head.numbers
+
+    def __call__(
+        self,
+        ids_R: Tensor,
+        positions_R: Tensor,
+        places_R: Tensor,
+        turns: tuple[Tensor, Tensor],
+        heat_R: Tensor,
+        uniform_CR: Tensor,
+        slot: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The next C tokens [C, R] of each row and their log-probabilities without heat, as by `Layers` and
+        `Kernels.draw` C times. `turns` are signed cosines and sines [P, K] of all positions up to the last; keys and
+        values are written from `slot` on.
+        """
+        (count, rows), (cos_PK, sin_PK) = uniform_CR.shape, turns
+        reals, whole = (cos_PK, sin_PK, heat_R, uniform_CR), (ids_R, positions_R, places_R)
+        assert all(t.is_contiguous() and t.dtype == torch.float32 for t in reals)
+        assert all(t.is_contiguous() and t.dtype == torch.long and t.shape == (rows,) for t in whole)
+        code, vocabulary = self.layers.code, self.head.outputs
+        pointers = (t.data_ptr() for t in (self.embedding, cos_PK, sin_PK))
+        form = ctypes.byref(_Sampler(ctypes.pointer(self.layers.trunk), *pointers, self.head.form))
+        tokens_CR, logprobs_CR = torch.empty(count, rows, dtype=torch.long), torch.empty(count, rows)
+        tensors = [t.data_ptr() for t in (*whole, heat_R, uniform_CR, tokens_CR, logprobs_CR)]
+
+        def part(start: int, stop: int) -> None:
+            scratch = torch.empty(code.sample_scratch(form, stop - start))
+            mass = torch.empty(-(-vocabulary // BLOCK), dtype=torch.double)
+            code.sample(form, *tensors, scratch.data_ptr(), mass.data_ptr(), start, stop, rows, slot, count)
+
+        spread(part, rows, self._numbers)
+        return tokens_CR, logprobs_CR
 
 
 def _form(layer: Layer) -> _Layer:
