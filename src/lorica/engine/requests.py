@@ -56,7 +56,7 @@ class StreamRequest:
         prompt_logprobs: also the log-probability of every prompt token; topk_prompt: the likeliest at each of them.
         topk_sample: the likeliest tokens at each sampled one.
         name: what errors call the prompt.
-        tells: whether every token is an event, and not the end alone.
+        tells: whether every token is an event, and not the end alone; while anybody's is, a turn samples one of each.
     """
 
     key: Hashable

@@ -1,9 +1,9 @@
 """An open batch of samples: requests enter and leave at any step, with mixed adapters and settings.
 
 In: requests; turns, which somebody else's loop calls. Out: events: tokens as they come, results, failures. A turn reads
-waiting prompts in one packed pass of bounded length and makes one decoding step for all rows. What a request needs is
-promised before it starts, so none can exhaust memory; what does not fit now waits, in order. Refuses to know text,
-users, files and threads.
+waiting prompts in one packed pass of bounded length and makes one decoding step for all rows, of a few tokens where
+nobody waits for each. What a request needs is promised before it starts, so none can exhaust memory; what does not fit
+now waits, in order. Refuses to know text, users, files and threads.
 """
 
 from __future__ import annotations
