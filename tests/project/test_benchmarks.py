@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
+    "agreement": ["--samples=2", "--tokens=2"],
     "train": ["--width=128", "--rows=2", "--tokens=8", "--rounds=1", "--methods=lora,vera"],
     "native": ["--tenants=2", "--tokens=2", "--rounds=1"],
     "packing": ["--width=128", "--sequences=3", "--rounds=1"],
