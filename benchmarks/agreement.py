@@ -25,7 +25,8 @@ from lorica.models import load
 from lorica.sampling.params import SamplingParams
 
 TEXT = "{}. Once upon a time there was a little dog who wanted to play, and she said to her friend that they"
-"""Long enough to be worth keeping for the next request."""
+LENGTH = 20
+"""Tokens of a random prompt: as those of the text, enough to be worth keeping for the next request."""
 NAME = "a"
 
 
@@ -35,6 +36,16 @@ def host_of(dtype: str) -> Host:
     adapter = host.add(NAME, LoRA(rank=RANK, alpha=2 * RANK), seed=0)
     adapter.flat.add_(0.01 * torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(0)))
     return host
+
+
+def prompts_of(kind: str, host: Host, count: int) -> list[list[int]]:
+    """Of one text with a number before it, or of random tokens, which the model finds unlikely."""
+    if kind == "text":
+        tokenizer: Any = host.backbone.tokenizer
+        return [tokenizer.encode(TEXT.format(i)) for i in range(count)]
+    vocabulary, rng = host.backbone.weight("input").matrix().shape[1], torch.Generator().manual_seed(0)
+    drawn: list[list[int]] = torch.randint(vocabulary, (count, LENGTH), generator=rng).tolist()
+    return drawn
 
 
 def sampled(stream: Stream, prompts: Sequence[Sequence[int]], tokens: int) -> list[Sample]:
@@ -51,11 +62,8 @@ def sampled(stream: Stream, prompts: Sequence[Sequence[int]], tokens: int) -> li
     return found
 
 
-def agreement(dtype: str, samples: int, tokens: int) -> dict[str, Any]:
-    """Of one dtype."""
-    host = host_of(dtype)
-    tokenizer: Any = host.backbone.tokenizer
-    prompts = [tokenizer.encode(TEXT.format(i)) for i in range(samples)]
+def agreement(host: Host, prompts: Sequence[Sequence[int]], tokens: int) -> dict[str, Any]:
+    """Of one dtype and kind of prompt."""
     stream, engine = Stream(host, prefixes=2**14), Engine(host)
     first, again = (sampled(stream, prompts, tokens) for _ in range(2))
     apart = []
@@ -72,8 +80,12 @@ def agreement(dtype: str, samples: int, tokens: int) -> dict[str, Any]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Every dtype."""
-    return {dtype: agreement(dtype, options.samples, options.tokens) for dtype in options.dtypes.split(",")}
+    """Every dtype with each kind of prompt."""
+    return {
+        f"{dtype}, {kind}": agreement(host, prompts_of(kind, host, options.samples), options.tokens)
+        for dtype, host in ((dtype, host_of(dtype)) for dtype in options.dtypes.split(","))
+        for kind in ("text", "random tokens")
+    }
 
 
 def main() -> None:

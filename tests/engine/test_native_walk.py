@@ -176,12 +176,21 @@ def test_a_sample_that_ends_within_a_call_has_nothing_behind_its_end(calls: list
     assert len(calls) < one
 
 
-def test_calls_end_where_memory_for_keys_does(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "GROWTH", 3)
-    host = host_of("qwen3", native=True)
+def test_calls_end_where_memory_for_keys_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "GROWTH", 1)
+    host, slots = host_of("qwen3", native=True), []
     rows = [(names, length, 30) for names, length, _ in ROWS]
     wanted = sampled(host, rows)
+    own = Sampler.__call__
+
+    def call(self: Sampler, *given: Any) -> Any:
+        slots.append((given[6] + len(given[5]), self.layers.trunk.capacity))
+        return own(self, *given)
+
+    monkeypatch.setattr(Sampler, "__call__", call)
     assert sampled(host, rows, tells=False) == wanted
+    assert all(stop <= capacity for stop, capacity in slots)
+    assert sum(stop == capacity for stop, capacity in slots) > 1, "or no call had to end there"
 
 
 @pytest.mark.parametrize(("rows", "all_", "most"), [(1, 128, batch.LONGEST), (20, 128, 6), (20, 16, 1)])

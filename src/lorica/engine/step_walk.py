@@ -66,7 +66,7 @@ def _turns_of(executor: Executor, chain: Chain) -> Callable[[Tensor, Tensor], Ro
 
 
 class StepWalk:
-    """The walk of a step. `head` is what logits are made by, where nothing is behind it."""
+    """The walk of a step. `ends` are the table of embeddings and the head, where whole tokens are made of those."""
 
     def __init__(
         self,
@@ -74,14 +74,14 @@ class StepWalk:
         turns: Callable[[Tensor, Tensor], Rotations],
         attentions: list[nn.Module],
         layers: Layers,
-        head: Adapted | None,
+        ends: tuple[Tensor, Adapted] | None,
         other: Walk,
     ) -> None:
         self._chain, self._turns, self._attentions, self._layers, self._other = chain, turns, attentions, layers, other
         self._seen: tuple[Lane, int] | None = None
-        self._sampler: Sampler | None = None
-        if head is not None and isinstance(turns, Turns):
-            self._sampler = Sampler(layers, cast(nn.Embedding, chain.embedding).weight.detach(), head)
+        self._sampling: tuple[Sampler, Turns] | None = None
+        if ends is not None and isinstance(turns, Turns):
+            self._sampling = Sampler(layers, *ends), turns
 
     def __call__(self, ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
         cache = self._attentions[0].__dict__[HUB].cache
@@ -95,7 +95,7 @@ class StepWalk:
 
     def room(self, cache: KVCache) -> int:
         """How many tokens of each row `sample` may be asked for; the first of them has been advanced to."""
-        found = None if self._sampler is None else self._places(cache)
+        found = None if self._sampling is None else self._places(cache)
         return 0 if found is None else found[0].capacity - found[0].slot
 
     def sample(
@@ -104,14 +104,13 @@ class StepWalk:
         """The next tokens of each row behind `ids`, one for each list of uniform numbers of the rows."""
         found = self._places(cache)
         assert found is not None
-        assert self._sampler is not None
-        lane, places_R = found
-        positions_R, last = cache.positions().flatten(), len(uniform) - 1
-        weight = cast(nn.Embedding, self._chain.embedding).weight
-        turns = cast(Turns, self._turns).known(weight, int(positions_R.max()) + last + 1)
+        assert self._sampling is not None
+        (lane, places_R), (sampler, turns), count = found, self._sampling, len(uniform)
+        positions_R = cache.positions().flatten()
+        known = turns.known(sampler.embedding, int(positions_R.max()) + count)
         rows = ids_R, positions_R, places_R
-        drawn = self._sampler(*rows, turns, torch.tensor(heats), torch.tensor(uniform), lane.slot)
-        lane.advance(last)
+        drawn = sampler(*rows, known, torch.tensor(heats), torch.tensor(uniform), lane.slot)
+        lane.advance(count - 1)
         return drawn
 
     def _places(self, cache: KVCache) -> tuple[Lane, Tensor] | None:
@@ -148,19 +147,23 @@ def step_walk(
         return other
     attentions = [parts[1] for parts in chain.layers]
     whole = Layers(walks, layers, last, heads.pop())
-    head = executor.backbone.head
-    plain = _ends_plainly(executor, chain.embedding, adapters)
-    logits = adapted.get((head,)) if head is not None and plain else None
-    return StepWalk(chain, _turns_of(executor, chain), attentions, whole, logits, other)
+    ends = _ends(executor, chain.embedding, adapted, adapters)
+    return StepWalk(chain, _turns_of(executor, chain), attentions, whole, ends, other)
 
 
-def _ends_plainly(executor: Executor, embedding: nn.Module, adapters: Iterable[Adapter]) -> bool:
-    """Whether tokens become hidden states by a look into a table alone, and logits are what the head makes."""
-    if type(embedding) is not nn.Embedding or embedding.max_norm is not None or executor.backbone.transforms_logits:
-        return False
-    weight = embedding.weight
-    known = weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
-    return known and is_bare(embedding, adapters) and not hooked(embedding)
+def _ends(
+    executor: Executor, embedding: nn.Module, adapted: Mapping[Maps, Adapted | None], adapters: Iterable[Adapter]
+) -> tuple[Tensor, Adapted] | None:
+    """The table [V, D] that tokens become hidden states by, and the head, where logits are what it makes; None where
+    either is more.
+    """
+    backbone = executor.backbone
+    head = None if backbone.head is None or backbone.transforms_logits else adapted.get((backbone.head,))
+    if head is None or type(embedding) is not nn.Embedding or embedding.max_norm is not None:
+        return None
+    table_VD = embedding.weight.detach()
+    known = table_VD.dtype == torch.float32 and table_VD.device.type == "cpu" and table_VD.is_contiguous()
+    return (table_VD, head) if known and is_bare(embedding, adapters) and not hooked(embedding) else None
 
 
 def _norm(step: Forward | None) -> Norm | None:

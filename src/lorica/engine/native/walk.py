@@ -188,6 +188,7 @@ class Layers:
         for tensor in (x_RD, cos_RK, sin_RK, places_R):
             assert tensor.is_contiguous()
         assert x_RD.dtype == cos_RK.dtype == sin_RK.dtype == torch.float32
+        assert slot < self.trunk.capacity
         y_RD = torch.empty_like(x_RD)
         trunk = ctypes.byref(self.trunk)
         tensors = [t.data_ptr() for t in (x_RD, cos_RK, sin_RK, places_R, y_RD)]
@@ -227,6 +228,7 @@ class Sampler:
         reals, whole = (cos_PK, sin_PK, heat_R, uniform_CR), (ids_R, positions_R, places_R)
         assert all(t.is_contiguous() and t.dtype == torch.float32 for t in reals)
         assert all(t.is_contiguous() and t.dtype == torch.long and t.shape == (rows,) for t in whole)
+        assert slot + count <= self.layers.trunk.capacity
         code, vocabulary = self.layers.code, self.head.outputs
         pointers = (t.data_ptr() for t in (self.embedding, cos_PK, sin_PK))
         form = ctypes.byref(_Sampler(ctypes.pointer(self.layers.trunk), *pointers, self.head.form))
